@@ -1,0 +1,216 @@
+"""CADet (Section 5): one score and one calibrated p-value per image from the similarities of its random views.
+
+    d = CADet(encoder, image_size=32).fit(reference_images, calibration_images)
+    d.p_values(images)          # small = anomalous
+    d.predict(images, 0.05)     # True = anomaly, 5 % of in-distribution images on average
+
+Algorithms 2 and 3 with their sums in closed form; the arithmetic of views and encoders is in `embed`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cadetlib import checks, embed, encoders
+from cadetlib.views import EvalViews
+
+_FORMAT = "cadetlib.detector"
+
+
+def view_similarities(z: Any, mu: Any) -> tuple[Tensor, Tensor]:
+    """Eq. 5: similarity of an image's views among themselves and to the reference images' views.
+
+    z: (N, n_views, D) embeddings of any scale; mu: (D,) mean unit embedding over all views of all reference images.
+    -> m_in (N,), the mean over the n (n - 1) ordered pairs of views (the printed divisor n (n + 1) would cap it below 1), and
+    m_out (N,), the mean over all pairs of a view of the image and a view of a reference image. float64.
+
+    >>> view_similarities([[[1.0, 0.0], [0.0, 2.0]]], [1.0, 0.0])
+    (tensor([0.], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
+    """
+    z = checks.embeddings(z, "z", n_dims=3)
+    checks.at_least(z.shape[1], "n_views", 2)
+    mu = checks.finite(checks.as_tensor(mu, "mu").double(), "mu").to(z.device)
+    if mu.shape != z.shape[2:]:
+        raise ValueError(f"mu: found shape {tuple(mu.shape)}, expected ({z.shape[2]},), the dimension of z's embeddings")
+    m_in, means = embed.sums_of_views(z, (z.shape[1],))
+    return m_in[:, 0], means[:, 0] @ mu
+
+
+def gamma(m_in: Tensor, m_out: Tensor) -> float:
+    """Eq. 7: the weight that gives gamma * m_out the variance of m_in over the calibration images; (N,), (N,) -> float."""
+    checks.at_least(len(m_in), "number of calibration images", 2)
+    variance_in, variance_out = float(m_in.double().var()), float(m_out.double().var())
+    if not (variance_in > 0 and variance_out > 0):
+        raise ValueError(
+            f"calibration: found variance {variance_in:.3g} of m_in and {variance_out:.3g} of m_out, expected both positive: "
+            "gamma (Eq. 7) is their ratio; are all calibration images the same, or the encoder constant?"
+        )
+    return (variance_in / variance_out) ** 0.5
+
+
+def p_values(calibration_scores: Any, scores: Any, ties: str = "paper") -> Tensor:
+    """Eq. 8: rank of each score among the calibration scores, from below -> (N,) in [1 / (n + 1), 1].
+
+    ties="paper" counts calibration scores strictly below, as printed; "conservative" also counts equal ones, which keeps
+    P(p <= alpha) <= alpha under H0 when scores tie.
+    """
+    calibration = checks.finite(checks.as_tensor(calibration_scores, "calibration_scores"), "calibration_scores").double()
+    scores = checks.finite(checks.as_tensor(scores, "scores"), "scores").double()
+    if calibration.ndim != 1 or scores.ndim != 1 or not len(calibration):
+        shapes = tuple(calibration.shape), tuple(scores.shape)
+        raise ValueError(f"found calibration_scores {shapes[0]} and scores {shapes[1]}, expected (n,) with n >= 1 and (N,)")
+    if ties not in ("paper", "conservative"):
+        raise ValueError(f"ties: found {ties!r}, expected 'paper' or 'conservative'")
+    rank = torch.searchsorted(calibration.sort().values, scores.contiguous(), right=ties == "conservative")
+    return (rank + 1).double() / (len(calibration) + 1)
+
+
+class CADet:
+    """The detector of Algorithms 2 and 3.
+
+    encoder: any module from images (N, 3, S, S) in [0, 1] to features (N, D); its device is where the work is done.
+    n_views, crop_scale: Section 5.1; flip: whether a mirrored image is still the same thing (not so for digits);
+    image_size: the side S to which all images are brought (resize, centre crop); seed: of the views; batch_size: views at a
+    time; dtype: "float32", "bfloat16" or "float16" forward passes; ties: see `p_values`.
+
+    A view depends on (seed, pixels of the image, number of the view) alone: an image's score does not depend on the
+    images it is scored with. After `fit`: mu_ (D,), gamma_, calibration_scores_ (n,).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        n_views: int = 50,
+        crop_scale: float = 0.75,
+        image_size: int = 32,
+        seed: int = 0,
+        flip: bool = True,
+        batch_size: int = 1024,
+        dtype: str = "float32",
+        ties: str = "paper",
+    ) -> None:
+        self.encoder = encoder
+        self.n_views = checks.at_least(n_views, "n_views", 2)
+        self.crop_scale = crop_scale
+        self.image_size = image_size
+        self.seed = seed
+        self.flip = flip
+        self.batch_size = checks.at_least(batch_size, "batch_size", 1)
+        self.dtype = dtype
+        self.ties = ties
+        self.views = EvalViews(image_size, crop_scale, flip, seed)
+
+    def view_sums(self, images: Any, keys: Tensor | None = None) -> embed.ViewSums:
+        """m_in and mean unit embedding of each image, all that fitting and scoring need of it."""
+        return embed.view_sums(
+            self.encoder, images, self.views, (self.n_views,), keys, batch_size=self.batch_size, dtype=self.dtype
+        )
+
+    def fit(self, reference_images: Any, calibration_images: Any) -> CADet:
+        """Algorithm 2 on X_val(1) and X_val(2): disjoint in-distribution images, (N, 3, H, W) uint8 or [0, 1]."""
+        return self.fit_sums(self.view_sums(reference_images), self.view_sums(calibration_images))
+
+    def fit_sums(self, reference: embed.ViewSums, calibration: embed.ViewSums) -> CADet:
+        """`fit` from view sums already made, with at least n_views in their grid."""
+        self.mu_ = reference.at(self.n_views)[1].double().mean(dim=0)
+        m_in, m_out = self._similarities(calibration)
+        self.gamma_ = gamma(m_in, m_out)
+        self.calibration_scores_ = m_in + self.gamma_ * m_out
+        return self
+
+    def similarities(self, images: Any) -> tuple[Tensor, Tensor]:
+        """m_in (N,) and m_out (N,) of Eq. 5, float64."""
+        self._check_fitted()
+        return self._similarities(self.view_sums(images))
+
+    def score_samples(self, images: Any) -> Tensor:
+        """Eq. 6: m_in + gamma m_out of each image, (N,) float64; larger = more in-distribution."""
+        self._check_fitted()
+        return self.score_sums(self.view_sums(images))
+
+    def score_sums(self, sums: embed.ViewSums) -> Tensor:
+        """`score_samples` from view sums already made."""
+        self._check_fitted()
+        m_in, m_out = self._similarities(sums)
+        return m_in + self.gamma_ * m_out
+
+    def p_values(self, images: Any) -> Tensor:
+        """Eq. 8: (N,) in [1 / (n + 1), 1] for n calibration images; small = anomalous."""
+        return p_values(self.calibration_scores_, self.score_samples(images), self.ties)
+
+    def predict(self, images: Any, alpha: float = 0.05) -> Tensor:
+        """(N,) bool, True = anomaly (p-value <= alpha): of fresh in-distribution images, a share of alpha on average."""
+        checks.in_open_interval(alpha, "alpha")
+        self._check_fitted()
+        n = len(self.calibration_scores_)
+        if alpha < 1 / (n + 1):
+            raise ValueError(
+                f"alpha: found {alpha} with {n} calibration images, whose smallest p-value is {1 / (n + 1):.3g}, so nothing "
+                f"could ever be flagged; expected a larger alpha, or at least {math.ceil(1 / alpha) - 1} calibration images"
+            )
+        return self.p_values(images) <= alpha
+
+    def _similarities(self, sums: embed.ViewSums) -> tuple[Tensor, Tensor]:
+        m_in, means = sums.at(self.n_views)
+        return m_in, means.double() @ self.mu_
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "mu_"):
+            raise ValueError("found a CADet without calibration, expected fit(reference_images, calibration_images) first")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that determine a score, besides the encoder and the images."""
+        return dict(
+            n_views=self.n_views,
+            crop_scale=self.crop_scale,
+            image_size=self.image_size,
+            seed=self.seed,
+            flip=self.flip,
+            dtype=self.dtype,
+            ties=self.ties,
+        )
+
+    def _probe(self) -> Tensor:
+        """The encoder's answer to a fixed pattern: tells encoders apart whose weights are the same or that have none."""
+        size = self.image_size
+        pattern = torch.arange(2 * 3 * size * size, dtype=torch.float64).mul(0.37).sin().add(1).div(2).float()
+        return embed.embed(self.encoder, pattern.view(2, 3, size, size))
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted detector (not its encoder) as safetensors, atomically."""
+        self._check_fitted()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"mu": self.mu_.cpu(), "calibration_scores": self.calibration_scores_.cpu(), "probe": self._probe()}
+        tensors["gamma"] = torch.tensor(self.gamma_, dtype=torch.float64)
+        metadata = {"format": _FORMAT, "settings": json.dumps(self.settings()), "encoder": encoders.fingerprint(self.encoder)}
+        temporary = path.with_name(f".{path.name}.{id(tensors)}")
+        save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, encoder: nn.Module, batch_size: int = 1024) -> CADet:
+        """A saved detector with the encoder it was fitted with; ValueError for another encoder or a damaged or foreign file."""
+        tensors, metadata = encoders.read_safetensors(path, _FORMAT)
+        found = encoders.fingerprint(encoder)
+        if found != metadata["encoder"]:
+            raise ValueError(
+                f"encoder: found fingerprint {found[:12]}, expected {metadata['encoder'][:12]}: the detector was fitted with "
+                "another encoder; load that one, or fit anew"
+            )
+        detector = cls(encoder, **json.loads(metadata["settings"]), batch_size=batch_size)
+        probe = detector._probe()
+        # Devices and precisions differ by rounding, other encoders by far more.
+        if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-2, atol=1e-3):
+            raise ValueError("encoder: found other features for the detector's probe images, expected those it was fitted with")
+        detector.mu_ = tensors["mu"]
+        detector.gamma_ = float(tensors["gamma"])
+        detector.calibration_scores_ = tensors["calibration_scores"]
+        return detector

@@ -1,0 +1,79 @@
+"""What every public function refuses, said in one place: wrong shapes, wrong ranges, values that are not numbers.
+
+Each check returns the value it checked, so that it reads as one step of a computation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """`values` (tensor, array or nested list) as a tensor on the device it is on; ValueError when it is none of these."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.from_numpy(np.array(values)) if not isinstance(values, np.ndarray) else torch.from_numpy(values.copy())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: found {type(values).__name__}, expected a tensor or an array of numbers ({error})") from error
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    """`values`, all of whose entries are finite."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{name}: found {bad} NaN or infinite of {values.numel()} values, expected finite numbers")
+    return values
+
+
+def embeddings(values: Any, name: str, n_dims: int = 2, at_least: int = 1) -> Tensor:
+    """Embeddings (..., D): floating point, `n_dims` dimensions, at least `at_least` rows, finite, no zero vector."""
+    z = as_tensor(values, name)
+    if z.ndim != n_dims or 0 in z.shape[1:]:
+        expected = {1: "(D,)", 2: "(n, D)", 3: "(N, n_views, D)"}[n_dims]
+        raise ValueError(f"{name}: found shape {tuple(z.shape)}, expected {expected}")
+    if n_dims > 1 and len(z) < at_least:
+        raise ValueError(f"{name}: found {len(z)} samples, expected at least {at_least}")
+    if z.is_complex() or z.dtype == torch.bool:
+        raise ValueError(f"{name}: found dtype {z.dtype}, expected real numbers")
+    z = finite(z if z.is_floating_point() else z.double(), name)
+    if bool((z == 0).all(dim=-1).any()):
+        raise ValueError(f"{name}: found a zero vector, whose cosine similarity is undefined; expected none")
+    return z
+
+
+def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
+    """Images (N, 3, H, W), uint8 or floating point in [0, 1] -> float32 in [0, 1] on the same device."""
+    x = as_tensor(values, name)
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+        raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected (N, 3, H, W) (repeat a grey channel three times)")
+    if len(x) < at_least:
+        raise ValueError(f"{name}: found {len(x)} images, expected at least {at_least}")
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: found dtype {x.dtype}, expected uint8 or floating point in [0, 1]")
+    low, high = (float(v) for v in torch.aminmax(finite(x, name)))
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name}: found values in [{low:.4g}, {high:.4g}], expected [0, 1] (divide by 255? undo a normalisation?)"
+        )
+    return x.float()
+
+
+def in_open_interval(value: float, name: str, low: float = 0.0, high: float = 1.0) -> float:
+    """A number strictly between `low` and `high`."""
+    if not low < value < high:
+        raise ValueError(f"{name}: found {value}, expected a number between {low} and {high}, both excluded")
+    return float(value)
+
+
+def at_least(value: int, name: str, minimum: int) -> int:
+    """A whole number of at least `minimum`."""
+    if isinstance(value, bool) or int(value) != value or value < minimum:
+        raise ValueError(f"{name}: found {value}, expected a whole number of at least {minimum}")
+    return int(value)

@@ -1,0 +1,166 @@
+"""From images to embeddings, and to the sums over random views that CADet is made of; batched, sharded and cached.
+
+For unit embeddings z_1 .. z_n of n views of one image and S their sum, m_in = (|S|^2 - n) / (n (n - 1)) and m_out = <S, mu> / n
+(Eq. 5): one vector per image stands for all its views, and the sums at a grid of n come from one pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cadetlib import checks, encoders
+from cadetlib.views import EvalViews, resize_to
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def inference(encoder: nn.Module, dtype: str = "float32") -> Iterator[torch.device]:
+    """Eval mode, no gradients, and autocast to `dtype` on the encoder's device; the encoder's mode is restored."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: found {dtype!r}, expected one of {list(DTYPES)}")
+    device = encoders.device_of(encoder)
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            yield device
+    finally:
+        encoder.train(training)
+
+
+def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "float32") -> Tensor:
+    """Features of images as they are (N, 3, S, S), uint8 or [0, 1] -> (N, D) float32 on the CPU."""
+    x = checks.as_tensor(images, "images")
+    checks.at_least(batch_size, "batch_size", 1)
+    checks.at_least(len(x), "number of images", 1)
+    parts = []
+    with inference(encoder, dtype) as device:
+        for start in range(0, len(x), batch_size):
+            batch = checks.images(x[start : start + batch_size].to(device, non_blocking=True))
+            parts.append(encoders.encode(encoder, batch).cpu())
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class ViewSums:
+    """Sums of unit embeddings over the first n views, for each image and each n of a grid."""
+
+    grid: tuple[int, ...]  # numbers of views, increasing
+    m_in: Tensor  # (N, K) float64: mean cosine similarity over the n (n - 1) ordered pairs of views
+    means: Tensor  # (N, K, D) float32: S / n, the mean unit embedding
+
+    def at(self, n_views: int) -> tuple[Tensor, Tensor]:
+        """m_in (N,) and mean unit embedding (N, D) over the first n_views views."""
+        if n_views not in self.grid:
+            raise ValueError(f"n_views: found {n_views}, expected one of the grid {self.grid}")
+        k = self.grid.index(n_views)
+        return self.m_in[:, k], self.means[:, k]
+
+    def __getitem__(self, index: Any) -> ViewSums:
+        return ViewSums(self.grid, self.m_in[index], self.means[index])
+
+    def __len__(self) -> int:
+        return len(self.m_in)
+
+
+def concatenate(parts: Sequence[ViewSums]) -> ViewSums:
+    """View sums of consecutive shards, in order, as one."""
+    if len({part.grid for part in parts}) != 1:
+        raise ValueError(f"found grids {[part.grid for part in parts]}, expected at least one part and equal grids")
+    return ViewSums(parts[0].grid, torch.cat([p.m_in for p in parts]), torch.cat([p.means for p in parts]))
+
+
+def sums_of_views(z: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """m_in (N, K) float64 and means (N, K, D) float64 of embeddings z (N, n_views, D), over the first n views for n in grid."""
+    unit = F.normalize(z.double(), dim=-1)
+    segments = torch.tensor(grid).diff(prepend=torch.tensor([0])).tolist()
+    sums = torch.stack([part.sum(dim=1) for part in unit.split(segments, dim=1)], dim=1).cumsum(dim=1)
+    n = torch.tensor(grid, dtype=torch.float64, device=z.device)
+    m_in = (sums.square().sum(dim=-1) - n) / (n * (n - 1))
+    return m_in, sums / n[:, None]
+
+
+def view_sums(
+    encoder: nn.Module,
+    images: Any,
+    views: EvalViews,
+    grid: Sequence[int] = (50,),
+    keys: Tensor | None = None,
+    shard: tuple[int, int] = (0, 1),
+    batch_size: int = 1024,
+    dtype: str = "float32",
+    cache: str | Path | None = None,
+) -> ViewSums:
+    """One pass over images (N, 3, H, W): their views are made and encoded on the encoder's device, only sums are kept.
+
+    grid: increasing numbers of views, each at least 2; keys (N,): what a view depends on besides seed and number (default: the
+    image's pixels); shard = (i, of): the i-th of `of` consecutive parts of the images; batch_size: views at a time;
+    cache: a folder in which results are kept under a key made of encoder, images, keys, views and grid.
+    """
+    x = checks.as_tensor(images, "images")
+    grid = tuple(checks.at_least(n, "n_views", 2) for n in grid)
+    if not grid or list(grid) != sorted(set(grid)):
+        raise ValueError(f"grid: found {grid}, expected increasing numbers of views")
+    index, of = shard
+    if not 0 <= index < of:
+        raise ValueError(f"shard: found {shard}, expected (i, of) with 0 <= i < of")
+    checks.at_least(len(x), "number of images", 1)
+    first, last = len(x) * index // of, len(x) * (index + 1) // of
+    x = x[first:last]
+    keys = None if keys is None else keys[first:last]
+    if cache is None:
+        return _view_sums(encoder, x, views, grid, keys, batch_size, dtype)
+    path = Path(cache) / f"{_cache_key(encoder, x, views, grid, keys, dtype)}.safetensors"
+    if path.is_file():
+        tensors, _ = encoders.read_safetensors(path, "cadetlib.view_sums")
+        return ViewSums(grid, tensors["m_in"], tensors["means"])
+    result = _view_sums(encoder, x, views, grid, keys, batch_size, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{id(result)}")
+    save_file({"m_in": result.m_in, "means": result.means}, temporary, {"format": "cadetlib.view_sums"})
+    temporary.replace(path)
+    return result
+
+
+def _view_sums(
+    encoder: nn.Module, x: Tensor, views: EvalViews, grid: tuple[int, ...], keys: Tensor | None, batch_size: int, dtype: str
+) -> ViewSums:
+    n_views = grid[-1]
+    step = max(1, batch_size // n_views)
+    m_in, means = [], []
+    with inference(encoder, dtype) as device:
+        for start in range(0, len(x), step):
+            batch = resize_to(x[start : start + step].to(device, non_blocking=True), views.image_size)
+            chosen = None if keys is None else keys[start : start + step]
+            parts = []
+            for first in range(0, n_views, batch_size):
+                some = views(batch, min(batch_size, n_views - first), first, chosen)
+                parts.append(encoders.encode(encoder, some.flatten(0, 1)).view(*some.shape[:2], -1))
+            z = torch.cat(parts, dim=1)
+            checks.embeddings(z.flatten(0, 1), "encoder's features")
+            batch_in, batch_means = sums_of_views(z, grid)
+            m_in.append(batch_in.cpu())
+            means.append(batch_means.float().cpu())
+    if not m_in:
+        raise ValueError("images: found none in this shard, expected at least one; use fewer shards")
+    return ViewSums(grid, torch.cat(m_in), torch.cat(means))
+
+
+def _cache_key(encoder: nn.Module, x: Tensor, views: EvalViews, grid: Sequence[int], keys: Tensor | None, dtype: str) -> str:
+    digest = hashlib.sha256(encoders.fingerprint(encoder).encode())
+    digest.update(json.dumps([views.settings(), list(grid), dtype, str(x.dtype), list(x.shape)]).encode())
+    digest.update(x.cpu().contiguous().numpy().tobytes())
+    digest.update(b"" if keys is None else keys.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,284 @@
+"""Encoders: modules from images (N, 3, S, S) in [0, 1] to features (N, D). Normalisation of pixels belongs to the encoder.
+
+`ResNet` is the project's own family, with torchvision's parameter names, in any width and with an ImageNet or a CIFAR stem;
+`load_encoder` brings the project's checkpoints, torchvision's or timm's networks in the same shape. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+from cadetlib import checks
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def _stage(block: type[BasicBlock] | type[Bottleneck], depth: int, channels: int, planes: int, stride: int) -> nn.Sequential:
+    """`depth` residual blocks from `channels` to planes * expansion channels; the first has the stride."""
+    out = planes * block.expansion
+    shortcut = None
+    if stride != 1 or channels != out:
+        shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
+    return nn.Sequential(block(channels, planes, stride, shortcut), *(block(out, planes) for _ in range(depth - 1)))
+
+
+class ResNet(nn.Module):
+    """He et al.'s residual network without its classifier: [0, 1] images (N, 3, S, S) -> pooled features (N, dim).
+
+    arch: a key of DEPTHS; width: channels of the first stage (64 in the paper); stem: "imagenet" (7x7 stride 2 and max
+    pooling) or "cifar" (3x3, stride 1). Parameters carry torchvision's names.
+
+    >>> ResNet("resnet18", width=8, stem="cifar", image_size=16)(torch.rand(2, 3, 16, 16)).shape
+    torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        width: int = 64,
+        stem: str = "imagenet",
+        image_size: int = 224,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        if arch not in DEPTHS or stem not in ("imagenet", "cifar"):
+            raise ValueError(f"found arch {arch!r}, stem {stem!r}; expected one of {list(DEPTHS)} and 'imagenet' or 'cifar'")
+        self.config = dict(arch=arch, width=width, stem=stem, image_size=image_size, mean=list(mean), std=list(std))
+        self.image_size = checks.at_least(image_size, "image_size", 8)
+        block, depths = DEPTHS[arch]
+        self.normalize = Normalize(mean, std)
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        self.layer1 = _stage(block, depths[0], width, width, 1)
+        self.layer2 = _stage(block, depths[1], width * block.expansion, 2 * width, 2)
+        self.layer3 = _stage(block, depths[2], 2 * width * block.expansion, 4 * width, 2)
+        self.layer4 = _stage(block, depths[3], 4 * width * block.expansion, 8 * width, 2)
+        self.dim = 8 * width * block.expansion
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(images)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3))
+
+
+class ContrastiveHead(nn.Sequential):
+    """SimCLRv2's head: three fully connected layers with batch norm, ReLU between them; the last has no bias and no ReLU."""
+
+    def __init__(self, dim: int, hidden: int = 2048, out: int = 128) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, out, bias=False),
+            nn.BatchNorm1d(out),
+        )
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear head: logits = head(encoder(images))."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"head: found {type(head).__name__}, expected torch.nn.Linear")
+        self.encoder, self.head = encoder, head
+
+    @property
+    def image_size(self) -> int:
+        return getattr(self.encoder, "image_size")  # noqa: B009 - a module's attribute of any type
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+class _Backbone(nn.Module):
+    """A network of another library as an encoder: normalised input, features before its classifier."""
+
+    def __init__(self, network: nn.Module, image_size: int, mean: Sequence[float], std: Sequence[float], name: str) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.network = network
+        self.image_size = image_size
+        self.config = dict(name=name, image_size=image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalize(images)).flatten(1)
+
+
+def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
+    """encoder(images) as float32 (N, D), refused when it is of another shape or holds NaN or infinite values."""
+    features = encoder(images)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"{name}: returned {found} for {len(images)} images, expected a tensor ({len(images)}, D)")
+    return checks.finite(features.float(), f"{name}'s features")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's parameters; CPU when it has none."""
+    return next((p.device for p in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 of a module's weights and buffers: names, shapes and values, as float32 and without where they are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    digest.update(json.dumps(getattr(module, "config", {}), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def save_encoder(encoder: ResNet, path: str | Path, half: bool = False, head: nn.Linear | None = None, **about: Any) -> Path:
+    """Write an encoder's weights and configuration as safetensors, atomically; with a linear `head`, a whole classifier.
+
+    `half` stores float16 (half the size; loaded back as float32); `about` is kept as text in the file's metadata.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    if head is not None:
+        tensors |= {f"classifier.{k}": v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+    if half:
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    metadata = {"format": "cadetlib.encoder", "config": json.dumps(encoder.config)}
+    temporary = path.with_name(f".{path.name}.{id(tensors)}")
+    save_file(tensors, temporary, metadata | {k: str(v) for k, v in about.items()})
+    temporary.replace(path)
+    return path
+
+
+def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that says it is `kind`; ValueError for a damaged or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"found no file {path.name} in {path.parent}; expected a {kind} file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: found no readable safetensors file ({error}), expected a {kind} file; make it anew"
+        ) from error
+    if metadata.get("format") != kind:
+        raise ValueError(f"{path.name}: found format {metadata.get('format')!r}, expected {kind!r}, written by this library")
+    return tensors, metadata
+
+
+def _load_resnet(path: Path) -> tuple[ResNet, nn.Linear | None]:
+    tensors, metadata = read_safetensors(path, "cadetlib.encoder")
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")}
+    encoder = ResNet(**json.loads(metadata["config"]))
+    encoder.load_state_dict(tensors)
+    head = None
+    if classifier:
+        head = nn.Linear(encoder.dim, len(classifier["bias"]))
+        head.load_state_dict(classifier)
+    return encoder.eval(), head
+
+
+def load_encoder(name: str | Path) -> nn.Module:
+    """An encoder in eval mode, on the CPU, [0, 1] images -> (N, D), with `.image_size`.
+
+    name: "torchvision:resnet50" (V1 weights, which keep near-identical images close), "timm:NAME", or the path of a
+    safetensors file that this project wrote. FileNotFoundError and ValueError say what was expected.
+    """
+    kind, _, rest = str(name).partition(":")
+    if kind == "torchvision":
+        return _torchvision_encoder(rest)
+    if kind == "timm":
+        return _timm_encoder(rest)
+    if not str(name).endswith(".safetensors"):
+        raise ValueError(f"encoder: found {name!r}, expected 'torchvision:NAME', 'timm:NAME' or the path of a .safetensors file")
+    return _load_resnet(Path(name))[0]
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """A classifier in eval mode from a file that `save_encoder(..., head=...)` wrote."""
+    encoder, head = _load_resnet(Path(path))
+    if head is None:
+        raise ValueError(f"{Path(path).name}: found an encoder without a classifier's head, expected one saved with its head")
+    return Classifier(encoder, head).eval()
+
+
+def _torchvision_encoder(name: str) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(f"torchvision: found no model {name!r}, expected one of torchvision.models.list_models()")
+    enum = models.get_model_weights(name)
+    weights = enum["IMAGENET1K_V1"]
+    network = models.get_model(name, weights=weights)
+    _drop_classifier(network)
+    transform = weights.transforms()
+    return _Backbone(network, transform.crop_size[0], transform.mean, transform.std, f"torchvision:{name}").eval()
+
+
+def _drop_classifier(network: nn.Module) -> None:
+    for attribute in ("fc", "classifier", "heads", "head"):
+        if hasattr(network, attribute):
+            setattr(network, attribute, nn.Identity())
+            return
+    raise ValueError(f"{type(network).__name__}: found no classifier to take off, expected fc, classifier, heads or head")
+
+
+def _timm_encoder(name: str) -> nn.Module:
+    import timm
+
+    if not timm.list_models(name.partition(".")[0]):
+        raise ValueError(f"timm: found no model {name!r}, expected one of timm.list_models()")
+    network = timm.create_model(name, pretrained=True, num_classes=0)
+    data: Mapping[str, Any] = timm.data.resolve_model_data_config(network)
+    return _Backbone(network, data["input_size"][1], data["mean"], data["std"], f"timm:{name}").eval()
+
+
+def n_parameters(module: nn.Module) -> int:
+    """Number of weights of a module."""
+    return sum(math.prod(p.shape) for p in module.parameters())

@@ -1,0 +1,378 @@
+"""How well scores tell anomalies from in-distribution images, and how sure one can be: AUROC, AUPR, FPR@95, intervals, tests.
+
+Knows nothing of images, files or devices. A score is larger for an image that looks more in-distribution; `in_scores` (n,) and
+`out_scores` (m,) are tensors or arrays, in any order. Each statistic reads no more than how many images of either kind lie on
+each distinct score, ascending: counts of shape (..., n_values). So ties are exact, and all replicates of a bootstrap are one
+more dimension of the counts instead of a loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from cadetlib import checks
+
+Array = NDArray[Any]
+Statistic = Callable[..., float]
+Kernel = Callable[..., Array]  # the same of counts: (..., n_values), (..., n_values) -> (...)
+
+_ROUNDING = 1e-12  # 0.07 * 100 = 7.000000000000001 is meant to be 7: relative errors below this are rounding, not intention
+_MAX_BYTES = 2**24  # of one chunk of replicates: more would fall out of the cache before it would save time
+
+
+class Interval(NamedTuple):
+    """Both ends belong to the interval."""
+
+    low: float
+    high: float
+
+
+class RocCurve(NamedTuple):
+    """Each (n_thresholds,), ascending: see `roc_curve`."""
+
+    false_alarm_rate: Array
+    detection_rate: Array
+    threshold: Array
+
+
+class SplitsInterval(NamedTuple):
+    """Mean of a statistic over splits, its interval over images, and the spread from split to split: see `splits_interval`."""
+
+    mean: float
+    low: float
+    high: float
+    standard_deviation: float
+    minimum: float
+    maximum: float
+
+
+class PairedDifference(NamedTuple):
+    """Statistic of detector a minus that of detector b, its interval and two-sided p-value: see `paired_difference`."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+class DeLong(NamedTuple):
+    """AUROC of detector a minus that of detector b and its two-sided p-value: see `delong_test`."""
+
+    difference: float
+    p_value: float
+
+
+class FalsePositiveRate(NamedTuple):
+    """Where the true false positive rate of a calibrated threshold lies: see `beta_false_positive_interval`."""
+
+    expected: float
+    low: float
+    high: float
+
+
+def _vector(values: Any, name: str, at_least: int = 1) -> Array:
+    """`values` as a float64 array (n,): finite, at least `at_least` of them. float64 keeps the order of every narrower type."""
+    tensor = checks.as_tensor(values, name).detach()
+    if tensor.ndim != 1 or tensor.is_complex():
+        raise ValueError(
+            f"{name}: found shape {tuple(tensor.shape)} of {tensor.dtype}, expected (n,) real numbers, one per image"
+        )
+    if len(tensor) < at_least:
+        raise ValueError(f"{name}: found {len(tensor)} values, expected at least {at_least}")
+    return checks.finite(tensor.double(), name).cpu().numpy()
+
+
+def _pair(in_scores: Any, out_scores: Any, suffix: str = "", at_least: int = 1) -> tuple[Array, Array]:
+    return _vector(in_scores, "in" + (suffix or "_scores"), at_least), _vector(
+        out_scores, "out" + (suffix or "_scores"), at_least
+    )
+
+
+def _bins(in_scores: Array, out_scores: Array) -> tuple[Array, Array, Array]:
+    """The distinct scores, ascending (n_values,), and for each image the number of its score among them: (n,), (m,)."""
+    values, bins = np.unique(np.concatenate([in_scores, out_scores]), return_inverse=True)
+    return values, bins[: len(in_scores)], bins[len(in_scores) :]
+
+
+def _count(bins: Array, n_values: int) -> Array:
+    """How often each value occurs in each row: (B, n) -> (B, n_values) int64."""
+    rows = n_values * np.arange(len(bins))[:, None]
+    return np.bincount((bins + rows).ravel(), minlength=len(bins) * n_values).reshape(len(bins), n_values)
+
+
+def _of_counts(kernel: Kernel, in_scores: Any, out_scores: Any) -> float:
+    values, in_bins, out_bins = _bins(*_pair(in_scores, out_scores))
+    return float(kernel(_count(in_bins[None], len(values)), _count(out_bins[None], len(values)))[0])
+
+
+def _auroc(in_counts: Array, out_counts: Array) -> Array:
+    n, m = in_counts.sum(-1), out_counts.sum(-1)
+    twice_wins = (in_counts * (2 * out_counts.cumsum(-1) - out_counts)).sum(-1)  # whole numbers: nothing is rounded up to here
+    return twice_wins / (2 * n * m)
+
+
+def _aupr(in_counts: Array, out_counts: Array, positive: str = "out") -> Array:
+    if positive not in ("in", "out"):
+        raise ValueError(f'positive: found {positive!r}, expected "out" (anomalies) or "in"')
+    if positive == "in":  # the surest in-distribution image has the largest score, the surest anomaly the smallest
+        in_counts, out_counts = out_counts[..., ::-1], in_counts[..., ::-1]
+    found = out_counts.cumsum(-1)
+    precision = found / np.maximum(found + in_counts.cumsum(-1), 1)
+    return (out_counts * precision).sum(-1) / out_counts.sum(-1)
+
+
+def _fpr_at_tpr(in_counts: Array, out_counts: Array, tpr: float = 0.95) -> Array:
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr: found {tpr}, expected a share in (0, 1]")
+    needed = np.ceil(tpr * in_counts.sum(-1, keepdims=True) * (1 - _ROUNDING))
+    in_accepted, out_accepted = (c[..., ::-1].cumsum(-1)[..., ::-1] for c in (in_counts, out_counts))
+    threshold = (in_accepted >= needed).sum(-1, keepdims=True) - 1
+    return np.take_along_axis(out_accepted, threshold, -1)[..., 0] / out_counts.sum(-1)
+
+
+def auroc(in_scores: Any, out_scores: Any) -> float:
+    """Area under the ROC curve, P(in > out) + P(in = out) / 2: the chance to order an image of each kind rightly, in [0, 1].
+
+    in_scores: (n,), out_scores: (m,), larger = more in-distribution. ValueError when empty, not finite or not one-dimensional.
+
+    >>> auroc([0.9, 0.8, 0.5], [0.5, 0.1])
+    0.9166666666666666
+    """
+    return _of_counts(_auroc, in_scores, out_scores)
+
+
+def aupr(in_scores: Any, out_scores: Any, positive: str = "out") -> float:
+    """Average precision, sum over thresholds of (R_k - R_(k-1)) P_k, equal scores being one threshold (as scikit-learn).
+
+    `positive` names what is to be found: "out", the anomalies, which the smallest scores point to, or "in". Chance level is the
+    share of the positive kind, hence depends on how many images of each kind there are: state it beside the number.
+
+    >>> aupr([0.9, 0.8, 0.5], [0.4, 0.1])
+    1.0
+    """
+    return _of_counts(functools.partial(_aupr, positive=positive), in_scores, out_scores)
+
+
+def fpr_at_tpr(in_scores: Any, out_scores: Any, tpr: float = 0.95) -> float:
+    """Share of anomalies accepted when at least a share `tpr`, in (0, 1], of in-distribution images is accepted ("FPR@95").
+
+    Accepted: score >= threshold, with the largest threshold that accepts enough. In-distribution is the positive kind here, as
+    in the literature of out-of-distribution detection; 0 is best.
+
+    >>> fpr_at_tpr([4.0, 3.0, 2.0, 1.0], [2.5, 1.5, 0.5, 0.0], tpr=0.75)
+    0.25
+    """
+    return _of_counts(functools.partial(_fpr_at_tpr, tpr=tpr), in_scores, out_scores)
+
+
+def roc_curve(in_scores: Any, out_scores: Any) -> RocCurve:
+    """The ROC curve of "anomaly when score < threshold", from (0, 0) to (1, 1), for plotting.
+
+    false_alarm_rate (x): share of in-distribution images called anomalies; detection_rate (y): share of anomalies called so;
+    threshold: the distinct scores, ascending, then infinity. Equal scores are one step, so the trapezoids' area is `auroc`.
+
+    >>> curve = roc_curve([2.0, 1.0], [1.0, 0.0])
+    >>> curve.false_alarm_rate.tolist(), curve.detection_rate.tolist(), curve.threshold.tolist()
+    ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0], [0.0, 1.0, 2.0, inf])
+    """
+    values, *bins = _bins(*_pair(in_scores, out_scores))
+    false_alarm_rate, detection_rate = (np.append(0, _count(b[None], len(values))[0].cumsum()) / len(b) for b in bins)
+    return RocCurve(false_alarm_rate, detection_rate, np.append(values, np.inf))
+
+
+_KERNELS: dict[Statistic, Kernel] = {auroc: _auroc, aupr: _aupr, fpr_at_tpr: _fpr_at_tpr}
+
+
+def _kernel(statistic: Statistic) -> Kernel | None:
+    """The statistic on counts, when it is one of ours, bare or with keywords bound by functools.partial."""
+    if isinstance(statistic, functools.partial) and not statistic.args and statistic.func in _KERNELS:
+        return functools.partial(_KERNELS[statistic.func], **statistic.keywords)
+    return _KERNELS.get(statistic)
+
+
+def _replicates(statistic: Statistic, pairs: Sequence[tuple[Array, Array]], n_boot: int, seed: int) -> Array:
+    """`statistic` on `n_boot` resamplings, the same images for each pair of scores -> (len(pairs), n_boot) float64.
+
+    pairs: (in (n,), out (m,)) of the same images; n in-distribution and m anomalous images are drawn separately.
+    """
+    n, m = (len(scores) for scores in pairs[0])
+    kernel = _kernel(statistic)
+    binned = [_bins(*pair) for pair in pairs]
+    # One generator a kind, so that the draws do not depend on the size of a chunk.
+    in_draws, out_draws = (np.random.default_rng([checks.at_least(seed, "seed", 0), kind]) for kind in (0, 1))
+    step = max(1, _MAX_BYTES // (8 * (n + m)))
+    found = np.empty((len(pairs), checks.at_least(n_boot, "n_boot", 1)))
+    for start in range(0, n_boot, step):
+        rows = min(step, n_boot - start)
+        chosen_in, chosen_out = in_draws.integers(n, size=(rows, n)), out_draws.integers(m, size=(rows, m))
+        for k, (values, in_bins, out_bins) in enumerate(binned):
+            replicates = found[k, start : start + rows]
+            if kernel is None:
+                a, b = pairs[k]
+                replicates[:] = [statistic(a[i], b[j]) for i, j in zip(chosen_in, chosen_out, strict=True)]
+            else:
+                replicates[:] = kernel(_count(in_bins[chosen_in], len(values)), _count(out_bins[chosen_out], len(values)))
+    return found
+
+
+def _percentiles(replicates: Array, level: float) -> Interval:
+    tail = (1 - checks.in_open_interval(level, "level")) / 2
+    return Interval(*(float(v) for v in np.quantile(replicates, [tail, 1 - tail])))
+
+
+def bootstrap_interval(
+    in_scores: Any,
+    out_scores: Any,
+    statistic: Statistic = auroc,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of a statistic over images, in-distribution and anomalous resampled separately.
+
+    It covers the draw of the test images, the fitted detector held fixed. statistic(in_scores, out_scores) -> float: `auroc`,
+    `aupr`, `fpr_at_tpr` (also with keywords bound by functools.partial) run as tensor operations, any other callable in a loop.
+    Where every replicate agrees, as with perfect separation, the interval has no width: that says nothing of images not seen.
+
+    >>> bootstrap_interval([3.0, 2.0, 4.0], [1.0, 0.0], n_boot=200)
+    Interval(low=1.0, high=1.0)
+    """
+    return _percentiles(_replicates(statistic, [_pair(in_scores, out_scores)], n_boot, seed), level)
+
+
+def splits_interval(
+    pairs: Sequence[tuple[Any, Any]],
+    statistic: Statistic = auroc,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> SplitsInterval:
+    """Mean of a statistic over random splits of one pool into fitting and test images, with an interval over images.
+
+    pairs: (in_scores, out_scores) of each split. low and high are the means of the splits' own bootstrap intervals. The splits
+    test largely the same images, so S of them are not S independent samples, and an interval that shrank with their number
+    would be too narrow. The mean of the intervals is the interval of the mean when the splits move together, and no narrower
+    than it otherwise (the deviation of a mean is at most the mean of the deviations): coverage of the draw of test images is at
+    least about `level`.
+    It does not cover the draw of the fitting images; what that adds shows in the spread from split to split, reported apart:
+    standard_deviation (S - 1 in the divisor, NaN for a single split), minimum and maximum. Nor does it cover the encoder.
+    """
+    if not len(pairs):
+        raise ValueError("pairs: found no split, expected at least one (in_scores, out_scores)")
+    checked = [_pair(a, b, f"_scores of split {k}") for k, (a, b) in enumerate(pairs)]
+    values = np.array([statistic(a, b) for a, b in checked])
+    intervals = [_percentiles(_replicates(statistic, [pair], n_boot, seed), level) for pair in checked]
+    low, high = np.mean(intervals, axis=0)
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return SplitsInterval(float(values.mean()), float(low), float(high), deviation, float(values.min()), float(values.max()))
+
+
+def _same_images(in_a: Any, out_a: Any, in_b: Any, out_b: Any, at_least: int = 1) -> list[tuple[Array, Array]]:
+    a, b = _pair(in_a, out_a, "_a", at_least), _pair(in_b, out_b, "_b", at_least)
+    for kind, x, y in zip(("in", "out"), a, b, strict=True):
+        if len(x) != len(y):
+            raise ValueError(f"found {len(x)} {kind}_a and {len(y)} {kind}_b, expected scores of the same images in one order")
+    return [a, b]
+
+
+def paired_difference(
+    in_a: Any,
+    out_a: Any,
+    in_b: Any,
+    out_b: Any,
+    statistic: Statistic = auroc,
+    level: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Statistic of detector a minus that of detector b on the same images, by a bootstrap that draws the same images for both.
+
+    in_a, in_b: (n,) and out_a, out_b: (m,), image by image. p_value, two-sided, for no difference: twice the smaller share of
+    replicates on either side of 0, counted as (1 + k) / (1 + n_boot), hence never 0. For AUROC, `delong_test` needs no draws.
+    """
+    pairs = _same_images(in_a, out_a, in_b, out_b)
+    a, b = _replicates(statistic, pairs, n_boot, seed)
+    against = min(int((a - b <= 0).sum()), int((a - b >= 0).sum()))
+    p_value = min(1.0, 2 * (1 + against) / (1 + n_boot))
+    return PairedDifference(float(statistic(*pairs[0]) - statistic(*pairs[1])), *_percentiles(a - b, level), p_value)
+
+
+def _placements(in_scores: Array, out_scores: Array) -> tuple[Array, Array]:
+    """For each image the share of the other kind that it is ordered rightly against, ties half: (n,), (m,), by midranks."""
+    n, m = len(in_scores), len(out_scores)
+    ranks = stats.rankdata(np.concatenate([in_scores, out_scores]))
+    return (ranks[:n] - stats.rankdata(in_scores)) / m, 1 - (ranks[n:] - stats.rankdata(out_scores)) / n
+
+
+def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any) -> DeLong:
+    """Difference in AUROC of two detectors on the same images, with DeLong's two-sided p-value (DeLong et al. 1988).
+
+    in_a, in_b: (n,) and out_a, out_b: (m,), image by image, n, m >= 2. By midranks in O((n + m) log(n + m)) (Sun and Xu 2014).
+    Normal approximation: meant for tens of images of each kind or more.
+
+    >>> delong_test([3.0, 2.0, 1.0], [0.0, 1.5], [3.0, 2.0, 1.0], [0.0, 1.5])
+    DeLong(difference=0.0, p_value=1.0)
+    """
+    (in_x, out_x), (in_y, out_y) = (_placements(*pair) for pair in _same_images(in_a, out_a, in_b, out_b, at_least=2))
+    # The variance of the difference is that of differences of placements: DeLong's 2 x 2 covariance, contrasted by (1, -1).
+    difference = float(in_x.mean() - in_y.mean())
+    deviation = math.sqrt((in_x - in_y).var(ddof=1) / len(in_x) + (out_x - out_y).var(ddof=1) / len(out_x))
+    if deviation == 0:
+        return DeLong(difference, float(difference == 0))
+    return DeLong(difference, float(2 * stats.norm.sf(abs(difference) / deviation)))
+
+
+def binomial_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Clopper-Pearson interval of a probability, from `successes` in `n` independent trials: rejection rates, type-I errors.
+
+    Exact: it covers the probability at least a share `level` of the time. Trials that share data are not independent.
+
+    >>> [round(v, 4) for v in binomial_interval(0, 20)]
+    [0.0, 0.1684]
+    """
+    n, successes = checks.at_least(n, "n", 1), checks.at_least(successes, "successes", 0)
+    if successes > n:
+        raise ValueError(f"successes: found {successes} of n = {n}, expected at most n")
+    found = stats.binomtest(successes, n).proportion_ci(checks.in_open_interval(level, "level"), method="exact")
+    return Interval(float(found.low), float(found.high))
+
+
+def beta_false_positive_interval(n_calibration: int, alpha: float, level: float = 0.95) -> FalsePositiveRate:
+    """True false positive rate of "anomaly when p <= alpha", p from `n_calibration` scores (Eq. 8): its mean and interval.
+
+    p = (rank + 1) / (n + 1) <= alpha means that the score is at most the k-th smallest calibration score, with
+    k = floor(alpha (n + 1)). The share of in-distribution images that lies there is Beta(k, n + 1 - k) over draws of the
+    calibration images, whatever the detector, when scores have no ties. With k = 0 no image is ever called an anomaly: all are 0.
+
+    >>> beta_false_positive_interval(2000, 0.05).expected == 100 / 2001
+    True
+    """
+    n = checks.at_least(n_calibration, "n_calibration", 1)
+    tail = (1 - checks.in_open_interval(level, "level")) / 2
+    k = min(n, math.floor(checks.in_open_interval(alpha, "alpha") * (n + 1) * (1 + _ROUNDING)))
+    if k == 0:
+        return FalsePositiveRate(0.0, 0.0, 0.0)
+    low, high = stats.beta.ppf([tail, 1 - tail], k, n + 1 - k)
+    return FalsePositiveRate(k / (n + 1), float(low), float(high))
+
+
+def benjamini_hochberg(p_values: Any, q: float) -> NDArray[np.bool_]:
+    """Which of many p-values (N,) to reject so that the expected share of false ones among the rejected is at most `q`.
+
+    Benjamini and Hochberg (1995) -> bool (N,), True = rejected. Holds for CADet's p-values although they share one calibration
+    set, whose dependence is positive (Bates et al. 2023). A p-value on its bound, up to rounding, is rejected.
+
+    >>> benjamini_hochberg([0.01, 0.04, 0.03, 0.9], q=0.05).tolist()
+    [True, False, False, False]
+    """
+    p = _vector(p_values, "p_values")
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(f"p_values: found values in [{p.min():.4g}, {p.max():.4g}], expected [0, 1]")
+    return stats.false_discovery_control(p, method="bh") <= checks.in_open_interval(q, "q") * (1 + _ROUNDING)

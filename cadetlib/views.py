@@ -1,0 +1,213 @@
+"""Random views of images, T_train and T_eval, as batched tensor operations on whatever device the images are on.
+
+Knows nothing of encoders or files. A crop resized to a square, a flip and a blur are each a linear map along rows and one
+along columns; so a view is `rows @ image @ columns.T`, and all views of an image share one matrix product. The draws come
+from `rng.uniform`: a view is a function of (seed, image key, view index) alone. Conventions are torchvision's, pixel for
+pixel (RandomResizedCrop, ColorJitter, GaussianBlur, RandomGrayscale), which the tests check.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cadetlib import checks, rng
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as PIL and torchvision
+_TRIES = 10  # torchvision's number of draws before it falls back to a centre crop
+
+
+def resize_to(images: Any, size: int) -> Tensor:
+    """Images (N, 3, H, W), uint8 or [0, 1] -> float32 (N, 3, size, size): shorter side resized, bilinear, then centre crop.
+
+    Antialiased. Clean and attacked images go through the same door, so that a detector sees the attack and not the preprocessing.
+    """
+    x = checks.images(images)
+    height, width = x.shape[-2:]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+        x = F.interpolate(x, shape, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+    return x[..., top : top + size, left : left + size]
+
+
+def crop_boxes(draws: Tensor, scale: tuple[float, float], ratio: tuple[float, float], size: int) -> Tensor:
+    """torchvision's RandomResizedCrop.get_params on a square of `size`, vectorised.
+
+    draws: (..., 2 * 10 + 2) uniform numbers -> boxes (..., 4) int64: top, left, height, width.
+    Area fraction uniform in `scale`, aspect log-uniform in `ratio`, the first of ten draws that fits, else the centre.
+    """
+    area = size * size * (scale[0] + (scale[1] - scale[0]) * draws[..., :_TRIES])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[..., _TRIES : 2 * _TRIES])
+    width, height = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
+    first = fits.int().argmax(dim=-1, keepdim=True)
+    fallback = ~fits.any(dim=-1)
+    width = width.gather(-1, first).squeeze(-1).masked_fill(fallback, size)
+    height = height.gather(-1, first).squeeze(-1).masked_fill(fallback, size)
+    top = (draws[..., -2] * (size - height + 1)).long()
+    left = (draws[..., -1] * (size - width + 1)).long()
+    return torch.stack([top, left, height, width], dim=-1)
+
+
+def crop_matrices(start: Tensor, length: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
+    """Bilinear resampling of the interval [start, start + length) of a line of `size` pixels to `size` pixels.
+
+    start, length: (...,) int64; flip: (...,) bool reverses the result -> matrices (..., size, size), output rows, input columns.
+    """
+    output = torch.arange(size, device=start.device, dtype=torch.float32).expand(*start.shape, size)
+    if flip is not None:
+        output = torch.where(flip[..., None], size - 1 - output, output)
+    last = (length - 1).float()[..., None]
+    source = ((output + 0.5) * (length.float()[..., None] / size) - 0.5).clamp(min=0).minimum(last)
+    source = source + start.float()[..., None]
+    pixel = torch.arange(size, device=start.device, dtype=torch.float32)
+    return (1 - (source[..., None] - pixel).abs()).clamp_(min=0)  # the tent of bilinear interpolation
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ image @ columns.T, for each image and each of its views.
+
+    images: (N, 3, S, S); rows, columns: (N, V, S, S) -> (N, V, 3, S, S).
+    """
+    n, channels, size, _ = images.shape
+    n_views = rows.shape[1]
+    lines = images.transpose(1, 2).reshape(n, size, channels * size)
+    out = (rows.reshape(n, n_views * size, size) @ lines).view(n, n_views, size * channels, size)
+    out = (out @ columns.transpose(-1, -2)).view(n, n_views, size, channels, size)
+    return out.transpose(2, 3)
+
+
+@dataclass(frozen=True)
+class EvalViews:
+    """T_eval (Section 5.1): random resized crop of a fixed area fraction, horizontal flip with probability 0.5, nothing else.
+
+    >>> EvalViews(image_size=8)(torch.rand(2, 3, 8, 8), n_views=5).shape
+    torch.Size([2, 5, 3, 8, 8])
+    """
+
+    image_size: int
+    crop_scale: float = 0.75  # area fraction of a crop
+    flip: bool = True
+    seed: int = 0
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        checks.at_least(self.image_size, "image_size", 2)
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale: found {self.crop_scale}, expected an area fraction in (0, 1]")
+
+    def __call__(self, images: Tensor, n_views: int, first_view: int = 0, keys: Tensor | None = None) -> Tensor:
+        """Images (N, 3, S, S) float in [0, 1] -> views (N, n_views, 3, S, S), numbered first_view, first_view + 1, ..."""
+        keys = rng.image_keys(images) if keys is None else keys.to(images.device)
+        streams = torch.arange(first_view, first_view + n_views, device=images.device)
+        draws = rng.uniform(self.seed, keys, streams, 2 * _TRIES + 3)
+        boxes = crop_boxes(draws[..., 1:], (self.crop_scale, self.crop_scale), self.ratio, self.image_size)
+        flip = draws[..., 0] < 0.5 if self.flip else None
+        rows = crop_matrices(boxes[..., 0], boxes[..., 2], self.image_size)
+        columns = crop_matrices(boxes[..., 1], boxes[..., 3], self.image_size, flip)
+        return resample(images, rows, columns)
+
+    def settings(self) -> dict[str, Any]:
+        """All that determines a view besides the image: part of a cache's key and of a saved detector."""
+        return asdict(self)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma of images (..., 3, H, W) -> (..., 1, H, W)."""
+    weights = torch.tensor(_GREY, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    return (images * weights).sum(dim=-3, keepdim=True)
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of images (N, 3, H, W) by shift (N,) in turns, in HSV as torchvision does."""
+    red, green, blue = images.unbind(1)
+    value, lowest = images.amax(dim=1), images.amin(dim=1)
+    chroma = value - lowest
+    divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    sector = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    hue = 6 * ((sector / 6 + shift[:, None, None]) % 1.0)
+    # f(n) = value - chroma * max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6 and n = 5, 3, 1: HSV back to RGB in closed form.
+    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + hue[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(torch.minimum(k, 4 - k), torch.ones_like(k)).clamp(min=0)
+
+
+def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, each image in its own order.
+
+    images (N, 3, H, W); order (N, 4): a permutation of 0..3; factors (N, 4): three multipliers and a hue shift in turns.
+    The first three blend the image with black, its mean luma or its luma, and differ in nothing else.
+    """
+    for step in range(4):
+        which = order[:, step]
+        factor = factors.gather(1, which[:, None])[:, 0]
+        luma = grey(images)
+        target = torch.where((which == 1).view(-1, 1, 1, 1), luma.mean(dim=(2, 3), keepdim=True), luma)
+        target = torch.where((which == 0).view(-1, 1, 1, 1), torch.zeros_like(target), target)
+        blended = torch.lerp(target.expand_as(images), images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+        hued = torch.nonzero(which == 3)[:, 0]
+        if len(hued):
+            blended[hued] = shift_hue(images[hued], factor[hued])
+        images = blended
+    return images
+
+
+def blur_matrices(sigma: Tensor, radius: int, size: int) -> Tensor:
+    """Gaussian blur of a line of `size` pixels, borders reflected, sigma (...,); 0 leaves it as it is -> (..., size, size)."""
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    weights = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[..., None]) ** 2)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    source = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
+    source = torch.where(source > size - 1, 2 * (size - 1) - source, source)
+    matrix = torch.zeros(*sigma.shape, size, size, device=sigma.device)
+    return matrix.scatter_add_(-1, source.expand(*sigma.shape, size, -1), weights[..., None, :].expand(*sigma.shape, size, -1))
+
+
+@dataclass(frozen=True)
+class TrainViews:
+    """T_train (Section 3, settings of SimCLRv2): crop, flip, colour jitter, greyscale, blur. Probability 0 leaves a step out.
+
+    Call with images (N, 3, S, S) float in [0, 1], their keys (N,) and the number of the view (epoch and view together).
+    """
+
+    image_size: int
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    jitter: float = 0.8
+    jitter_strength: float = 1.0
+    greyscale: float = 0.2
+    blur: float = 0.5
+    seed: int = 0
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(self, images: Tensor, keys: Tensor, view: int) -> Tensor:
+        n, size = len(images), self.image_size
+        draws = rng.uniform(self.seed, keys.to(images.device), torch.tensor([view], device=images.device), 2 * _TRIES + 15)[:, 0]
+        boxes = crop_boxes(draws[:, 13 : 13 + 2 * _TRIES + 2], self.crop_scale, self.ratio, size)
+        rows = crop_matrices(boxes[:, 0], boxes[:, 2], size)[:, None]
+        columns = crop_matrices(boxes[:, 1], boxes[:, 3], size, draws[:, 0] < self.flip)[:, None]
+        out = resample(images, rows, columns)[:, 0]
+        if self.jitter > 0:
+            strength = self.jitter_strength * torch.tensor([0.8, 0.8, 0.8, 0.2], device=images.device)
+            centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=images.device)
+            low = torch.where(centre > 0, (centre - strength).clamp(min=0), -strength)
+            factors = low + draws[:, 2:6] * (centre + strength - low)
+            chosen = torch.nonzero(draws[:, 1] < self.jitter)[:, 0]
+            out[chosen] = colour_jitter(out[chosen], draws[chosen, 6:10].argsort(dim=1), factors[chosen])
+        if self.greyscale > 0:
+            out = torch.where((draws[:, 10] < self.greyscale).view(n, 1, 1, 1), grey(out), out)
+        if self.blur > 0:
+            sigma = torch.where(draws[:, 11] < self.blur, 0.1 + 1.9 * draws[:, 12], 0.0)
+            matrix = blur_matrices(sigma, max(1, size // 20), size)[:, None]
+            out = resample(out, matrix, matrix)[:, 0]
+        return out.clamp(0, 1)
