@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadetlib import checks, embed, encoders
 from cadetlib.views import EvalViews
 
+TIES = ("paper", "conservative")
 _FORMAT = "cadetlib.detector"
+_ROUNDING = 1e-7  # of a similarity of float32 features: a smaller spread says nothing of the images
 
 
 def view_similarities(z: Any, mu: Any) -> tuple[Tensor, Tensor]:
@@ -46,13 +47,13 @@ def view_similarities(z: Any, mu: Any) -> tuple[Tensor, Tensor]:
 def gamma(m_in: Tensor, m_out: Tensor) -> float:
     """Eq. 7: the weight that gives gamma * m_out the variance of m_in over the calibration images; (N,), (N,) -> float."""
     checks.at_least(len(m_in), "number of calibration images", 2)
-    variance_in, variance_out = float(m_in.double().var()), float(m_out.double().var())
-    if not (variance_in > 0 and variance_out > 0):
+    std_in, std_out = float(m_in.double().std()), float(m_out.double().std())
+    if not min(std_in, std_out) > _ROUNDING:
         raise ValueError(
-            f"calibration: found variance {variance_in:.3g} of m_in and {variance_out:.3g} of m_out, expected both positive: "
-            "gamma (Eq. 7) is their ratio; are all calibration images the same, or the encoder constant?"
+            f"calibration: found standard deviation {std_in:.3g} of m_in and {std_out:.3g} of m_out, expected both above "
+            f"{_ROUNDING}: gamma (Eq. 7) is their ratio; are all calibration images the same, or the encoder constant?"
         )
-    return (variance_in / variance_out) ** 0.5
+    return std_in / std_out
 
 
 def p_values(calibration_scores: Any, scores: Any, ties: str = "paper") -> Tensor:
@@ -66,8 +67,7 @@ def p_values(calibration_scores: Any, scores: Any, ties: str = "paper") -> Tenso
     if calibration.ndim != 1 or scores.ndim != 1 or not len(calibration):
         shapes = tuple(calibration.shape), tuple(scores.shape)
         raise ValueError(f"found calibration_scores {shapes[0]} and scores {shapes[1]}, expected (n,) with n >= 1 and (N,)")
-    if ties not in ("paper", "conservative"):
-        raise ValueError(f"ties: found {ties!r}, expected 'paper' or 'conservative'")
+    checks.one_of(ties, "ties", TIES)
     rank = torch.searchsorted(calibration.sort().values, scores.contiguous(), right=ties == "conservative")
     return (rank + 1).double() / (len(calibration) + 1)
 
@@ -103,8 +103,8 @@ class CADet:
         self.seed = seed
         self.flip = flip
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
-        self.dtype = dtype
-        self.ties = ties
+        self.dtype = checks.one_of(dtype, "dtype", embed.DTYPES)
+        self.ties = checks.one_of(ties, "ties", TIES)
         self.views = EvalViews(image_size, crop_scale, flip, seed)
 
     def view_sums(self, images: Any, keys: Tensor | None = None) -> embed.ViewSums:
@@ -119,16 +119,22 @@ class CADet:
 
     def fit_sums(self, reference: embed.ViewSums, calibration: embed.ViewSums) -> CADet:
         """`fit` from view sums already made, with at least n_views in their grid."""
-        self.mu_ = reference.at(self.n_views)[1].double().mean(dim=0)
-        m_in, m_out = self._similarities(calibration)
-        self.gamma_ = gamma(m_in, m_out)
-        self.calibration_scores_ = m_in + self.gamma_ * m_out
+        mu = reference.at(self.n_views)[1].double().mean(dim=0)
+        m_in, means = calibration.at(self.n_views)
+        m_out = means.double() @ mu
+        weight = gamma(m_in, m_out)
+        self.mu_, self.gamma_, self.calibration_scores_ = mu, weight, m_in + weight * m_out
         return self
 
     def similarities(self, images: Any) -> tuple[Tensor, Tensor]:
         """m_in (N,) and m_out (N,) of Eq. 5, float64."""
         self._check_fitted()
-        return self._similarities(self.view_sums(images))
+        return self.similarities_of_sums(self.view_sums(images))
+
+    def similarities_of_sums(self, sums: embed.ViewSums) -> tuple[Tensor, Tensor]:
+        """`similarities` from view sums already made."""
+        m_in, means = sums.at(self.n_views)
+        return m_in, means.double() @ self.mu_
 
     def score_samples(self, images: Any) -> Tensor:
         """Eq. 6: m_in + gamma m_out of each image, (N,) float64; larger = more in-distribution."""
@@ -138,12 +144,13 @@ class CADet:
     def score_sums(self, sums: embed.ViewSums) -> Tensor:
         """`score_samples` from view sums already made."""
         self._check_fitted()
-        m_in, m_out = self._similarities(sums)
+        m_in, m_out = self.similarities_of_sums(sums)
         return m_in + self.gamma_ * m_out
 
     def p_values(self, images: Any) -> Tensor:
         """Eq. 8: (N,) in [1 / (n + 1), 1] for n calibration images; small = anomalous."""
-        return p_values(self.calibration_scores_, self.score_samples(images), self.ties)
+        scores = self.score_samples(images)
+        return p_values(self.calibration_scores_, scores, self.ties)
 
     def predict(self, images: Any, alpha: float = 0.05) -> Tensor:
         """(N,) bool, True = anomaly (p-value <= alpha): of fresh in-distribution images, a share of alpha on average."""
@@ -156,10 +163,6 @@ class CADet:
                 f"could ever be flagged; expected a larger alpha, or at least {math.ceil(1 / alpha) - 1} calibration images"
             )
         return self.p_values(images) <= alpha
-
-    def _similarities(self, sums: embed.ViewSums) -> tuple[Tensor, Tensor]:
-        m_in, means = sums.at(self.n_views)
-        return m_in, means.double() @ self.mu_
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "mu_"):
@@ -177,23 +180,18 @@ class CADet:
             ties=self.ties,
         )
 
-    def _probe(self) -> Tensor:
-        """The encoder's answer to a fixed pattern: tells encoders apart whose weights are the same or that have none."""
-        size = self.image_size
-        pattern = torch.arange(2 * 3 * size * size, dtype=torch.float64).mul(0.37).sin().add(1).div(2).float()
-        return embed.embed(self.encoder, pattern.view(2, 3, size, size))
-
     def save(self, path: str | Path) -> None:
         """Write the fitted detector (not its encoder) as safetensors, atomically."""
         self._check_fitted()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"mu": self.mu_.cpu(), "calibration_scores": self.calibration_scores_.cpu(), "probe": self._probe()}
-        tensors["gamma"] = torch.tensor(self.gamma_, dtype=torch.float64)
-        metadata = {"format": _FORMAT, "settings": json.dumps(self.settings()), "encoder": encoders.fingerprint(self.encoder)}
-        temporary = path.with_name(f".{path.name}.{id(tensors)}")
-        save_file(tensors, temporary, metadata)
-        temporary.replace(path)
+        tensors = {
+            "mu": self.mu_,
+            "gamma": torch.tensor(self.gamma_, dtype=torch.float64),
+            "calibration_scores": self.calibration_scores_,
+            "signature": embed.signature(self.encoder, self.image_size),
+        }
+        encoders.write_safetensors(
+            path, tensors, _FORMAT, settings=json.dumps(self.settings()), encoder=encoders.fingerprint(self.encoder)
+        )
 
     @classmethod
     def load(cls, path: str | Path, encoder: nn.Module, batch_size: int = 1024) -> CADet:
@@ -206,9 +204,7 @@ class CADet:
                 "another encoder; load that one, or fit anew"
             )
         detector = cls(encoder, **json.loads(metadata["settings"]), batch_size=batch_size)
-        probe = detector._probe()
-        # Devices and precisions differ by rounding, other encoders by far more.
-        if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-2, atol=1e-3):
+        if not embed.same_signature(embed.signature(encoder, detector.image_size), tensors["signature"]):
             raise ValueError("encoder: found other features for the detector's probe images, expected those it was fitted with")
         detector.mu_ = tensors["mu"]
         detector.gamma_ = float(tensors["gamma"])

@@ -5,6 +5,7 @@ Each check returns the value it checked, so that it reads as one step of a compu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,14 @@ def in_open_interval(value: float, name: str, low: float = 0.0, high: float = 1.
     if not low < value < high:
         raise ValueError(f"{name}: found {value}, expected a number between {low} and {high}, both excluded")
     return float(value)
+
+
+def one_of(value: str, name: str, allowed: Iterable[str]) -> str:
+    """One of the `allowed` words."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}: found {value!r}, expected one of {allowed}")
+    return value
 
 
 def at_least(value: int, name: str, minimum: int) -> int:

@@ -3,8 +3,8 @@
 A set is found under the data root (the environment variable CADET_DATA, else data/ in the checkout); what is missing is said
 with the step that gets it, and nothing is ever put in its place. `digits` needs no files: scikit-learn carries it.
 
-    python -m cadetlib.data check cifar10 svhn      what is there, what is missing, what to do
-    python -m cadetlib.data download cifar10        torchvision's downloads, checksummed
+    python -m cadetlib.data check cifar10-test svhn-test    what is there, what is missing, what to do
+    python -m cadetlib.data download cifar10-test           torchvision's downloads, checksummed
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import gzip
 import hashlib
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +101,21 @@ def _digits_part(part: str) -> Callable[[Path, str, bool], ImageSet]:
     return load
 
 
+def _digits_writers(first: bool) -> Callable[[Path, str, bool], ImageSet]:
+    """The test digits of the first or of the last writers: the set is in the order of its writers."""
+
+    def load(folder: Path, name: str, _: bool) -> ImageSet:
+        test = _digits_part("test")(folder, name, False)
+        half = len(test) // 2
+        return test[:half] if first else test[-half:]
+
+    return load
+
+
+def _digits_unseen(folder: Path, name: str, _: bool) -> ImageSet:
+    return _digits(folder, name, False).of_classes([7, 8, 9])
+
+
 def _torchvision_set(class_name: str, split: Mapping[str, Any]) -> Callable[[Path, str, bool], ImageSet]:
     """A set read by torchvision, which compares every file with its official md5 before it opens it."""
 
@@ -122,7 +139,7 @@ def _cifar10_1(version: str, n_images: int) -> Callable[[Path, str, bool], Image
         images, labels = (np.load(_existing(file), allow_pickle=False) for file in files)
         if images.shape != (n_images, 32, 32, 3) or images.dtype != np.uint8 or labels.shape != (n_images,):
             raise ValueError(
-                f"{name}: found {images.shape} {images.dtype}, expected ({n_images}, 32, 32, 3) uint8; download it anew"
+                f"found {images.shape} {images.dtype} and {len(labels)} labels, expected ({n_images}, 32, 32, 3) uint8"
             )
         return ImageSet(name, _rgb(images), torch.from_numpy(labels).long())
 
@@ -141,7 +158,7 @@ def _mnist(folder: Path, name: str, _: bool) -> ImageSet:
     raw = gzip.decompress(_existing(folder / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress(_existing(folder / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
     if hashlib.md5(raw).hexdigest() != MNIST_MD5:
-        raise ValueError(f"{name}: found images whose md5 is not the official {MNIST_MD5}; download them anew")
+        raise ValueError(f"found images whose md5 is not the official {MNIST_MD5}")
     images = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     return ImageSet(name, _rgb(padded), torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).copy()).long())
@@ -157,14 +174,22 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """One image file as (3, size, size) uint8: upright, RGB, 16-bit greys scaled; shorter side resized, centre crop."""
+    """One image file as (3, size, size) uint8: upright, RGB, 16-bit greys scaled; shorter side resized, centre crop.
+
+    ValueError for a file that is damaged or no image.
+    """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        if upright.mode.startswith("I"):
-            upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-        array = np.array(upright.convert("RGB"))
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            array = np.array(upright.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # what Pillow says of a damaged file
+        raise ValueError(
+            f"{path}: found no readable image ({error}), expected a whole image file; replace or remove it"
+        ) from error
     return (resize_to(_rgb(array[None]), size)[0] * 255).round().to(torch.uint8)
 
 
@@ -200,6 +225,9 @@ SOURCES: dict[str, _Source] = {
     "digits": _Source(_digits, "install scikit-learn"),
     "digits-train": _Source(_digits_part("train"), "install scikit-learn"),
     "digits-test": _Source(_digits_part("test"), "install scikit-learn"),
+    "digits-first-writers": _Source(_digits_writers(True), "install scikit-learn"),
+    "digits-last-writers": _Source(_digits_writers(False), "install scikit-learn"),
+    "digits-7-to-9": _Source(_digits_unseen, "install scikit-learn"),
     "cifar10-train": _Source(_torchvision_set("CIFAR10", {"train": True}), _TORCHVISION, True),
     "cifar10-test": _Source(_torchvision_set("CIFAR10", {"train": False}), _TORCHVISION, True),
     "cifar10.1-v6": _Source(_cifar10_1("v6", 2000), _GITHUB.format(file="cifar10.1_v6")),
@@ -214,7 +242,8 @@ SOURCES: dict[str, _Source] = {
 
 
 def load(name: str, download: bool = False) -> ImageSet:
-    """The image set of that name, one of SOURCES. FileNotFoundError says where it was looked for and how to get it.
+    """The image set of that name, one of SOURCES. FileNotFoundError says where it was looked for and how to get it,
+    ValueError what is wrong with the files that are there.
 
     >>> len(load("digits"))
     1797
@@ -222,11 +251,15 @@ def load(name: str, download: bool = False) -> ImageSet:
     if name not in SOURCES:
         raise ValueError(f"data: found no set named {name!r}, expected one of {list(SOURCES)}")
     source = SOURCES[name]
+    step = source.get.format(name=name)
     try:
         return source.load(root(), name, download and source.downloads)
     except FileNotFoundError as error:
-        step = source.get.format(name=name)
         raise FileNotFoundError(f"{name}: {error} (data root {root()}, set by CADET_DATA); to get it, {step}") from error
+    except (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{name}: found no readable files ({error}), expected whole ones below {root()}; to get them, {step}"
+        ) from error
 
 
 def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,13 +23,13 @@ from cadetlib import checks, encoders
 from cadetlib.views import EvalViews, resize_to
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FORMAT = "cadetlib.view_sums"
 
 
 @contextmanager
 def inference(encoder: nn.Module, dtype: str = "float32") -> Iterator[torch.device]:
     """Eval mode, no gradients, and autocast to `dtype` on the encoder's device; the encoder's mode is restored."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: found {dtype!r}, expected one of {list(DTYPES)}")
+    checks.one_of(dtype, "dtype", DTYPES)
     device = encoders.device_of(encoder)
     training = encoder.training
     encoder.eval()
@@ -51,6 +51,17 @@ def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "
             batch = checks.images(x[start : start + batch_size].to(device, non_blocking=True))
             parts.append(encoders.encode(encoder, batch).cpu())
     return torch.cat(parts)
+
+
+def signature(encoder: nn.Module, image_size: int) -> Tensor:
+    """The encoder's features of a fixed pattern: tells encoders apart whose weights are the same or that have none."""
+    pattern = torch.arange(2 * 3 * image_size**2, dtype=torch.float64).mul(0.37).sin().add(1).div(2).float()
+    return embed(encoder, pattern.view(2, 3, image_size, image_size))
+
+
+def same_signature(found: Tensor, expected: Tensor) -> bool:
+    """Whether two signatures are one encoder's. Devices and precisions differ by rounding, other encoders by far more."""
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean()))
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,8 @@ def view_sums(
 
     grid: increasing numbers of views, each at least 2; keys (N,): what a view depends on besides seed and number (default: the
     image's pixels); shard = (i, of): the i-th of `of` consecutive parts of the images; batch_size: views at a time;
-    cache: a folder in which results are kept under a key made of encoder, images, keys, views and grid.
+    cache: a folder in which results are kept under a key made of encoder, images, keys, views and grid; a file that is damaged,
+    or of an encoder that does something else with equal weights, is made anew with a warning.
     """
     x = checks.as_tensor(images, "images")
     grid = tuple(checks.at_least(n, "n_views", 2) for n in grid)
@@ -117,21 +129,36 @@ def view_sums(
     if not 0 <= index < of:
         raise ValueError(f"shard: found {shard}, expected (i, of) with 0 <= i < of")
     checks.at_least(len(x), "number of images", 1)
+    checks.at_least(batch_size, "batch_size", 1)
+    if keys is not None and keys.shape != (len(x),):
+        raise ValueError(f"keys: found shape {tuple(keys.shape)}, expected ({len(x)},), one for each image")
     first, last = len(x) * index // of, len(x) * (index + 1) // of
     x = x[first:last]
     keys = None if keys is None else keys[first:last]
     if cache is None:
         return _view_sums(encoder, x, views, grid, keys, batch_size, dtype)
     path = Path(cache) / f"{_cache_key(encoder, x, views, grid, keys, dtype)}.safetensors"
-    if path.is_file():
-        tensors, _ = encoders.read_safetensors(path, "cadetlib.view_sums")
-        return ViewSums(grid, tensors["m_in"], tensors["means"])
-    result = _view_sums(encoder, x, views, grid, keys, batch_size, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{id(result)}")
-    save_file({"m_in": result.m_in, "means": result.means}, temporary, {"format": "cadetlib.view_sums"})
-    temporary.replace(path)
-    return result
+    mark = signature(encoder, views.image_size)
+    tensors = _cached(path, mark)
+    if tensors is None:
+        result = _view_sums(encoder, x, views, grid, keys, batch_size, dtype)
+        tensors = {"m_in": result.m_in, "means": result.means, "signature": mark}
+        encoders.write_safetensors(path, tensors, _FORMAT)
+    return ViewSums(grid, tensors["m_in"], tensors["means"])
+
+
+def _cached(path: Path, mark: Tensor) -> dict[str, Tensor] | None:
+    """What a cache's file holds; None when there is none, and, with a warning, when it is not to be trusted."""
+    if not path.is_file():
+        return None
+    try:
+        tensors, _ = encoders.read_safetensors(path, _FORMAT)
+        if not same_signature(mark, tensors["signature"]):
+            raise ValueError(f"{path.name}: found view sums of an encoder with the same weights and other features")
+    except (KeyError, ValueError) as error:
+        warnings.warn(f"cache: {error}; computing anew", stacklevel=3)
+        return None
+    return tensors
 
 
 def _view_sums(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,13 +165,16 @@ def device_of(module: nn.Module) -> torch.device:
 
 def fingerprint(module: nn.Module) -> str:
     """sha256 of a module's weights and buffers: names, shapes and values, as float32 and without where they are."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    digest.update(json.dumps(getattr(module, "config", {}), sort_keys=True).encode())
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    return _digest(tensors, getattr(module, "config", {}))
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """sha256 of tensors, byte for byte, with their names, types and shapes, and of what is said about them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -179,16 +183,22 @@ def save_encoder(encoder: ResNet, path: str | Path, half: bool = False, head: nn
 
     `half` stores float16 (half the size; loaded back as float32); `about` is kept as text in the file's metadata.
     """
+    tensors = encoder.state_dict()
+    if head is not None:
+        tensors = {**tensors, **{f"classifier.{k}": v for k, v in head.state_dict().items()}}
+    if half:
+        tensors = {k: checks.finite(v.half(), f"{k} as float16") if v.is_floating_point() else v for k, v in tensors.items()}
+    return write_safetensors(path, tensors, "cadetlib.encoder", config=json.dumps(encoder.config), **about)
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, **about: Any) -> Path:
+    """Write tensors atomically, with their kind, their digest and, as text, what is said `about` them."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    if head is not None:
-        tensors |= {f"classifier.{k}": v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
-    if half:
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    metadata = {"format": "cadetlib.encoder", "config": json.dumps(encoder.config)}
-    temporary = path.with_name(f".{path.name}.{id(tensors)}")
-    save_file(tensors, temporary, metadata | {k: str(v) for k, v in about.items()})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    metadata = {"format": kind} | {k: str(v) for k, v in about.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata | {"sha256": _digest(tensors, metadata)})
     temporary.replace(path)
     return path
 
@@ -208,6 +218,9 @@ def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], di
         ) from error
     if metadata.get("format") != kind:
         raise ValueError(f"{path.name}: found format {metadata.get('format')!r}, expected {kind!r}, written by this library")
+    digest = metadata.pop("sha256", None)
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise ValueError(f"{path.name}: found content that does not match its digest, expected an undamaged file; make it anew")
     return tensors, metadata
 
 
@@ -215,12 +228,15 @@ def _load_resnet(path: Path) -> tuple[ResNet, nn.Linear | None]:
     tensors, metadata = read_safetensors(path, "cadetlib.encoder")
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")}
-    encoder = ResNet(**json.loads(metadata["config"]))
-    encoder.load_state_dict(tensors)
     head = None
-    if classifier:
-        head = nn.Linear(encoder.dim, len(classifier["bias"]))
-        head.load_state_dict(classifier)
+    try:
+        encoder = ResNet(**json.loads(metadata["config"]))
+        encoder.load_state_dict(tensors)
+        if classifier:
+            head = nn.Linear(encoder.dim, len(classifier["bias"]))
+            head.load_state_dict(classifier)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path.name}: found weights that fit no ResNet ({error}), expected what save_encoder writes") from error
     return encoder.eval(), head
 
 
@@ -253,8 +269,9 @@ def _torchvision_encoder(name: str) -> nn.Module:
 
     if name not in models.list_models(module=models):
         raise ValueError(f"torchvision: found no model {name!r}, expected one of torchvision.models.list_models()")
-    enum = models.get_model_weights(name)
-    weights = enum["IMAGENET1K_V1"]
+    weights = models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
+    if weights is None:
+        raise ValueError(f"torchvision: found no IMAGENET1K_V1 weights of {name!r}, expected a model that has them")
     network = models.get_model(name, weights=weights)
     _drop_classifier(network)
     transform = weights.transforms()

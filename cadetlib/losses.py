@@ -26,7 +26,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous()
+        gradient = gradient.contiguous().clone()  # it may be the caller's own
         distributed.all_reduce(gradient)
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
 
@@ -59,8 +59,7 @@ def info_nce(
         raise ValueError(f"found z0 {tuple(z0.shape)} and z1 {tuple(z1.shape)}, expected equal shapes: row i is image i in both")
     if not tau > 0:
         raise ValueError(f"tau: found {tau}, expected a positive temperature")
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction: found {reduction!r}, expected 'sum' or 'mean'")
+    checks.one_of(reduction, "reduction", ("sum", "mean"))
     z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
     all0, all1 = gather(z0), gather(z1)
     first = distributed.get_rank() * len(z0) if is_distributed() else 0

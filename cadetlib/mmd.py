@@ -128,7 +128,7 @@ def _result(statistic: float, z: Tensor, n_perm: int, seed: int, max_bytes: int)
     null = _null(z, n_perm, seed, max_bytes)
     tie = _tie_width((z.double() ** 2).sum(1).mean(), n, z.dtype)
     null = torch.where((null - statistic).abs() <= tie, torch.full_like(null, statistic), null).cpu()
-    return TestResult(statistic, float((1 + (null >= statistic).sum()) / (1 + n_perm)), null)
+    return TestResult(statistic, (1 + int((null >= statistic).sum())) / (1 + n_perm), null)
 
 
 def mmd_test(x: Any, y: Any, n_perm: int = 500, seed: int = 0, max_bytes: int = 2**30) -> TestResult:
@@ -208,5 +208,5 @@ def _tests_of_pairs(
     values = ((values - diagonal.sum(-1, keepdim=True)) / (n * (n - 1))).cpu()
     statistic = values[:, 0] if statistic is None else statistic
     tie = _tie_width(diagonal.mean(-1, keepdim=True).cpu(), n, gram.dtype)
-    p_value = (1 + (values[:, 1:] >= statistic[:, None] - tie).sum(1)) / (1 + n_perm)
-    return statistic, p_value.double()
+    p_value = (1 + (values[:, 1:] >= statistic[:, None] - tie).sum(1)).double() / (1 + n_perm)
+    return statistic, p_value

@@ -215,7 +215,12 @@ def table(number: int) -> pd.DataFrame:
 
 
 def _nearest_first(choices: list[Any], wanted: Any) -> list[Any]:
-    return sorted(choices, key=lambda choice: -SequenceMatcher(None, str(choice).lower(), str(wanted).lower()).ratio())
+    def distance(choice: Any) -> float:
+        if isinstance(choice, int) and isinstance(wanted, int):
+            return abs(choice - wanted)
+        return -SequenceMatcher(None, str(choice).lower(), str(wanted).lower()).ratio()
+
+    return sorted(choices, key=distance)
 
 
 def value(number: int, **keys: Key) -> float | None:

@@ -5,7 +5,8 @@
 
 Read it downwards: settings, schedule, synchronised batch norm, checkpoints, the loop, the launch. All randomness is a function
 of (seed, epoch, image, view), so that a run is the same on any number of processes and goes on after any interruption as if
-there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM or SIGUSR1 asked for it, 1 anything else.
+there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM or SIGUSR1 asked for it, 1 anything else
+(torchrun has its own: 1 also when it was asked to stop and its processes have saved).
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cadetlib import checks, data, embed, encoders, losses, parameters, probe
+from cadetlib import checks, data, embed, encoders, losses, parameters, probe, processes
 from cadetlib.views import TrainViews
 
 PREEMPTED = 75  # EX_TEMPFAIL: saved; start me again
@@ -43,8 +46,8 @@ OPERATION = (
     "max_steps",
 )  # may change between runs
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
-_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
 _KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
+_GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,14 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     """The optimizer; batch norm's parameters and biases are left out of weight decay and of LARS's adaptation."""
     plain = [p for p in model.parameters() if p.ndim <= 1]
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=plain, weight_decay=0.0)]
+    groups: list[dict[str, Any]] = [
+        dict(params=decayed, weight_decay=settings.weight_decay),
+        dict(params=plain, weight_decay=0.0),
+    ]
     if settings.optimizer == "lars":
         from timm.optim import Lars
 
+        groups[0]["always_adapt"] = True  # timm adapts no group without weight decay
         return Lars(groups, lr=settings.learning_rate, momentum=settings.momentum, trust_coeff=0.001)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=True)
@@ -139,8 +146,11 @@ class _SumOverProcesses(torch.autograd.Function):
         return gradient
 
 
-class _CpuSyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over all processes' samples where torch has none: on CPU. Local statistics would leak the positive pair."""
+class _CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over all processes' samples where torch has none: on CPU. x: (n, C) or (n, C, H, W).
+
+    Local statistics would leak the positive pair.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         running_mean, running_var, momentum = self.running_mean, self.running_var, self.momentum
@@ -154,6 +164,8 @@ class _CpuSyncBatchNorm(nn.SyncBatchNorm):
         centred = x.float() - mean.view(shape)
         variance = _SumOverProcesses.apply(centred.square().sum(dims)) / n
         with torch.no_grad():
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(variance * (n / (n - 1)), momentum)
         normal = centred * (variance + self.eps).rsqrt().view(shape)
@@ -162,11 +174,11 @@ class _CpuSyncBatchNorm(nn.SyncBatchNorm):
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with batch norm over all processes; torch's own on CUDA."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                module.__class__ = _CpuSyncBatchNorm
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.__class__ = _CpuSyncBatchNorm
     return model
 
 
@@ -178,7 +190,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    path = folder / f"checkpoint-{step:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    for unfinished in folder.glob(".checkpoint-*.part"):  # of a process that was killed here
+        unfinished.unlink(missing_ok=True)
+    path = folder / f"checkpoint-{step:09d}-{_digest(content)}.pt"
     temporary = folder / f".{path.name}.part"
     with open(temporary, "wb") as file:
         file.write(content)
@@ -191,18 +205,33 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest undamaged checkpoint; a damaged one is set aside with a loud line. None when there is none at all."""
-    paths = sorted(folder.glob("checkpoint-*.pt"), reverse=True)
-    for path in paths:
+    """The newest undamaged checkpoint of the first process's folder, on all processes; None when there is none at all.
+
+    A damaged one is set aside with a loud line. ValueError when all are damaged: starting anew is for a person to decide.
+    """
+    found = [_newest_undamaged(folder) if _is_first() else None]
+    if losses.is_distributed():
+        distributed.broadcast_object_list(found)
+    return None if found[0] is None else torch.load(io.BytesIO(found[0]), map_location=device, weights_only=True)
+
+
+def _newest_undamaged(folder: Path) -> bytes | None:
+    damaged: list[Path] = []
+    for path in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] == path.stem.rpartition("-")[2]:
-            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        print(f"DAMAGED CHECKPOINT {path.name}: its content does not match its name; going back to the one before", flush=True)
-        if _is_first():
-            path.replace(path.with_suffix(".damaged"))
-    if paths:
-        raise ValueError(f"found only damaged checkpoints in {folder.name}, expected one whole; remove them to begin anew")
+        if path.stem.endswith(f"-{_digest(content)}"):
+            for other in damaged:
+                other.replace(other.with_suffix(".damaged"))
+            return content
+        damaged.append(path)
+        _say(f"DAMAGED CHECKPOINT {path.name}: its content does not match its name; going back to the one before")
+    if damaged:
+        raise ValueError(f"found only damaged checkpoints in {folder}, expected one whole; remove them to begin anew")
     return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def refuse_other_settings(found: dict[str, Any], settings: Settings) -> None:
@@ -221,15 +250,24 @@ def _is_first() -> bool:
     return not losses.is_distributed() or distributed.get_rank() == 0
 
 
-@dataclass
 class _Stop:
     """Set by SIGTERM or SIGUSR1, looked at after every step by all processes together."""
 
-    asked: bool = False
+    def __init__(self) -> None:
+        self.asked = False
 
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: setattr(self, "asked", True))
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals meanwhile; afterwards they mean what they meant before."""
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
 
     def agreed(self, device: torch.device) -> bool:
         if not losses.is_distributed():
@@ -282,19 +320,27 @@ def training_loss(
     return losses.info_nce(z0, z1, settings.tau, settings.symmetric, settings.reduction, check=False), z
 
 
-def _similarity_of_images(z: Tensor) -> float:
-    """Mean cosine similarity over pairs of rows: 1 when the representation has collapsed to a point."""
-    n = len(z)
-    total = F.normalize(z.detach(), dim=1).sum(dim=0).square().sum()
-    return float((total - n) / (n * (n - 1)))
+def likeness(z: Tensor) -> float:
+    """Mean cosine similarity of different rows (n, D): 1 when all have collapsed to one point, be it zero."""
+    unit, n = F.normalize(z, dim=1), len(z)
+    # |u - v|^2 / 2 is 1 - <u, v> of unit vectors, and 0 of zeros, whose cosine would be undefined.
+    distance = (n * unit.square().sum() - unit.sum(dim=0).square().sum()) / (n * (n - 1))
+    return float(1 - distance)
+
+
+def _prepared(name: str, settings: Settings) -> data.ImageSet:
+    images = data.load(name).of_classes(settings.classes).resized(settings.image_size)
+    if settings.classes and images.labels is not None:
+        position = {label: i for i, label in enumerate(settings.classes)}
+        images = replace(images, labels=torch.tensor([position[int(label)] for label in images.labels]))
+    return images
 
 
 def training_images(settings: Settings) -> data.ImageSet:
     """The run's images, brought to its size, with labels counted from 0 in the order of `classes`."""
-    images = data.load(settings.data).of_classes(settings.classes).resized(settings.image_size)
-    if settings.classes and images.labels is not None:
-        position = {label: i for i, label in enumerate(settings.classes)}
-        images = replace(images, labels=torch.tensor([position[int(label)] for label in images.labels]))
+    images = _prepared(settings.data, settings)
+    if images.labels is None and settings.objective == "supervised":
+        raise ValueError(f"data: found no labels in {images.name}, expected some for the supervised objective")
     if len(images) < settings.batch_size:
         raise ValueError(
             f"batch_size: found {settings.batch_size} with {len(images)} images, expected at most one batch an epoch"
@@ -302,18 +348,33 @@ def training_images(settings: Settings) -> data.ImageSet:
     return images
 
 
+def labelled_images(given: Mapping[str, Any], name: str) -> data.ImageSet:
+    """Another set prepared as the training images of these parameters are: same classes, size and count of labels."""
+    return training_images(replace(settings_from(given), data=name, batch_size=1))
+
+
 def train(settings: Settings, device: torch.device | None = None) -> int:
     """Run to the end, or until asked to stop; goes on from the last checkpoint in `settings.output`. Returns the exit code."""
-    device = device or torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    stop = _Stop()
+    with stop.listening():
+        return _train(settings, device or _own_device(), stop)
+
+
+def _own_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if losses.is_distributed() else (0, 1)
-    if settings.batch_size % world:
-        raise ValueError(f"batch_size: found {settings.batch_size} on {world} processes, expected a multiple of {world}")
+    if settings.batch_size < 2 or settings.batch_size % world:
+        raise ValueError(
+            f"batch_size: found {settings.batch_size} on {world} processes, expected at least 2 and a multiple of {world}"
+        )
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    stop = _Stop()
-    stop.listen()
 
     images = training_images(settings)
+    held_out = _held_out(settings, images)
     pixels, labels = (
         images.images.to(device),
         (images.labels if images.labels is not None else torch.zeros(len(images))).to(device),
@@ -324,7 +385,7 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
         model = model.to(memory_format=torch.channels_last)
     parallel: nn.Module = model
     if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(synchronised(model, device), broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(synchronised(model, device))
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
     views = TrainViews(
@@ -349,7 +410,8 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
         _say(f"resumed at step {step}")
 
     def save() -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        # Batch norm's statistics too: float16's scaler keeps the weights from an overflow, but not them.
+        if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
             raise ValueError(
                 f"step {step}: found NaN or infinite weights, expected finite ones; lower learning_rate or use float32"
             )
@@ -392,27 +454,26 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
                 raise ValueError(
                     f"step {step}: found loss {value}, expected a finite one; lower learning_rate, or lengthen warmup_epochs"
                 )
-            alike = _similarity_of_images(z) if settings.objective == "contrastive" else 0.0
+            alike = likeness(losses.gather(z.detach().chunk(2)[0])) if settings.objective == "contrastive" else 0.0
             if alike > COLLAPSED and epoch > settings.warmup_epochs:
                 raise ValueError(
                     f"step {step}: found embeddings of different images {alike:.4f} alike, expected less than {COLLAPSED}: "
                     "the representation has collapsed; lower learning_rate or tau"
                 )
             speed = (step - began_step) * settings.batch_size / (time.perf_counter() - began)
-            per_image = value / settings.batch_size if of_sum else value
             log.write(
                 step=step,
                 epoch=round(step / steps_per_epoch, 4),
-                loss=per_image,
+                loss=value / (settings.batch_size * (1 + settings.symmetric)) if of_sum else value,  # per anchor
                 learning_rate=rate,
                 images_per_second=round(speed, 1),
             )
-            recent = []
+            began, began_step, recent = time.perf_counter(), step, []
         finished_epoch = step % steps_per_epoch == 0
         done = step // steps_per_epoch
-        if settings.knn_every and settings.knn_data and finished_epoch and (done % settings.knn_every == 0 or step == last_step):
-            log.write(step=step, epoch=float(done), knn_accuracy=_knn(model.encoder, images, settings))
-            model.train()
+        if held_out is not None and finished_epoch and (done % settings.knn_every == 0 or step == last_step):
+            log.write(step=step, epoch=float(done), knn_accuracy=_knn(model.encoder, images, held_out, settings))
+            began, began_step = time.perf_counter(), step
         asked = stop.agreed(device)
         if asked or step == end or (finished_epoch and done % settings.checkpoint_every == 0):
             save()
@@ -434,19 +495,22 @@ def _over_processes(value: Tensor, of_sum: bool) -> float:
     return float(value)
 
 
-@torch.no_grad()
-def _knn(encoder: nn.Module, images: data.ImageSet, settings: Settings) -> float:
-    held_out = data.load(settings.knn_data).of_classes(settings.classes).resized(settings.image_size)
+def _held_out(settings: Settings, images: data.ImageSet) -> data.ImageSet | None:
+    """The labelled images of the kNN evaluation, looked for before the training and not hours later; None without one."""
+    if not (settings.knn_every and settings.knn_data):
+        return None
+    held_out = _prepared(settings.knn_data, settings)
     if images.labels is None or held_out.labels is None:
         raise ValueError(f"knn_data: found no labels in {images.name} or {held_out.name}, expected labels for the kNN evaluation")
-    position = {label: i for i, label in enumerate(settings.classes)}
-    labels = torch.tensor([position.get(int(y), int(y)) for y in held_out.labels])
-    chosen = data.split(len(held_out), {"test": min(len(held_out), settings.knn_images)}, seed=0)["test"]
-    bank = data.split(len(images), {"bank": min(len(images), 5 * settings.knn_images)}, seed=0)["bank"]
-    features = embed.embed(encoder, images.images[bank], dtype=settings.dtype)
-    return probe.knn_accuracy(
-        features, images.labels[bank], embed.embed(encoder, held_out.images[chosen], dtype=settings.dtype), labels[chosen]
-    )
+    return held_out
+
+
+def _knn(encoder: nn.Module, images: data.ImageSet, held_out: data.ImageSet, settings: Settings) -> float:
+    bank = images[data.split(len(images), {"bank": min(len(images), 5 * settings.knn_images)}, seed=0)["bank"]]
+    test = held_out[data.split(len(held_out), {"test": min(len(held_out), settings.knn_images)}, seed=0)["test"]]
+    assert bank.labels is not None and test.labels is not None  # _held_out has looked
+    features, test_features = (embed.embed(encoder, part.images, dtype=settings.dtype) for part in (bank, test))
+    return probe.knn_accuracy(features, bank.labels, test_features, test.labels)
 
 
 class _Log:
@@ -456,7 +520,9 @@ class _Log:
         self.path = path
         if _is_first():
             kept = [line for line in read_log(path) if line["step"] <= step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(path)
 
     def write(self, **values: Any) -> None:
         if _is_first():
@@ -478,7 +544,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _say(line: str) -> None:
     if _is_first():
-        print(line, flush=True)
+        with suppress(BrokenPipeError):  # whoever read along has gone; what is asked of this process is on disk
+            print(line, flush=True)
 
 
 # --- the launch ---------------------------------------------------------------------------------------------------------
@@ -490,15 +557,15 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
     A key `supervised_X` stands in for X when the objective is "supervised"; `profile` and `output` say where results go:
     <output, or outputs/<profile>>/pretraining/<objective>.
     """
-    defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings)}
+    defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings) if f.name != "objective"}
     allowed = defaults | {f"supervised_{k}": v for k, v in defaults.items()} | {"profile": "digits", "output": "", "processes": 1}
     checked = parameters.validate(allowed, given)
     folder = Path(checked["output"] or Path(__file__).resolve().parents[1] / "outputs" / checked["profile"])
     chosen = {k: v for k, v in given.items() if k in defaults}
     if objective == "supervised":
         chosen |= {k.removeprefix("supervised_"): v for k, v in given.items() if k.startswith("supervised_")}
-    chosen |= {"objective": objective, "output": str(folder / "pretraining" / objective)}
-    return Settings(**parameters.validate(defaults, chosen))
+    chosen["output"] = str(folder / "pretraining" / objective)
+    return Settings(objective=objective, **parameters.validate(defaults, chosen))
 
 
 def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
@@ -513,25 +580,40 @@ def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "parameters.yaml"
     file.write_text(yaml.safe_dump(dict(given), sort_keys=False))
-    processes = int(given.get("processes", 1))
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    number = int(given.get("processes", 1))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m"] if number > 1 else []
     command = [sys.executable, "-m", *torchrun, "cadetlib.pretrain", "--params", str(file), "--objective", objective]
-    environment = {k: v for k, v in os.environ.items() if k not in _DISTRIBUTED and not k.startswith("TORCHELASTIC_")}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=processes.without_distributed(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # an interrupted notebook cell reaches this process alone, which then ends its child
+        preexec_fn=partial(processes.die_with_parent, os.getpid()),
     ) as child:
+        lines: list[str] = []
         try:
-            lines: list[str] = []
             for line in child.stdout or ():
-                lines = [*lines[-20:], line]
+                lines = [*lines[-60:], line]
                 print(line, end="", flush=True)
             code = child.wait()
         except BaseException:
-            os.killpg(child.pid, signal.SIGTERM)
+            _end(child)
             raise
     if code:
         raise RuntimeError(f"pretraining ended with exit code {code}; its last lines:\n" + "".join(lines))
     return folder
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End a process and its group: first with the time to save, then at once."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(child.pid, signal.SIGTERM)
+        try:
+            print(child.communicate(timeout=_GRACE)[0], end="", flush=True)
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -546,12 +628,12 @@ def main(arguments: list[str] | None = None) -> int:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        processes.die_with_parent()  # torchrun puts each process into a session of its own
         distributed.init_process_group(backend)
-    try:
-        return train(settings)
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+    code = train(settings)
+    if distributed.is_available() and distributed.is_initialized():  # not after an error: it would wait for the other processes
+        distributed.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

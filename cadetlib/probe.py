@@ -17,9 +17,9 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     train, test = F.normalize(checks.embeddings(train, "train"), dim=1), F.normalize(checks.embeddings(test, "test"), dim=1)
     similarity, index = (test @ train.T).topk(min(checks.at_least(k, "k", 1), len(train)), dim=1)
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    votes = torch.zeros(len(test), n_classes, device=test.device)
+    votes = torch.zeros(len(test), n_classes, dtype=similarity.dtype, device=test.device)
     votes.scatter_add_(1, train_labels.to(test.device)[index], ((similarity - 1) / tau).exp())
-    return float((votes.argmax(dim=1) == test_labels.to(test.device)).float().mean())
+    return float((votes.argmax(dim=1) == test_labels.to(test.device)).double().mean())
 
 
 def linear_probe(features: Tensor, labels: Tensor, penalty: float = 1e-3, max_iter: int = 200) -> nn.Linear:
@@ -35,7 +35,9 @@ def linear_probe(features: Tensor, labels: Tensor, penalty: float = 1e-3, max_it
     unit = (x - mean) / scale
     weight = torch.zeros(int(labels.max()) + 1, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(weight), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iter, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iter, tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

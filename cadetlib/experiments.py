@@ -1,0 +1,454 @@
+"""The paper's experiments as functions of embeddings and view sums: each returns rows, one dictionary per cell of a table.
+
+Notebooks call these, save what they return and draw it. Every AUROC comes over several splits of the held-out images into
+X_val(1), X_val(2) and test, with an interval; attacked images count in a split when the image they were made from is a test
+image of it, so that no image is calibrated on in one form and scored in another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cadetlib import attacks, cadet, checks, data, embed, encoders, metrics, mmd, probe
+from cadetlib.views import EvalViews, resize_to
+
+ATTACK_NAMES = {"fgsm": "FGSM", "pgd": "PGD", "cw_l2": "CW-L2", "cw_l2_ball": "CW-L2-ball", "cw_linf": "CW-Linf"}
+Row = dict[str, Any]
+Pair = tuple[Tensor, Tensor]  # scores of in-distribution test images and of anomalies
+
+
+# --- Section 4 ----------------------------------------------------------------------------------------------------------
+
+
+def draws_without_overlap(pool: Tensor, n_draws: int, sizes: Sequence[int], seed: int) -> list[Tensor]:
+    """For each draw, disjoint random samples of the indices `pool`, of the given sizes -> one (n_draws, size) each."""
+    needed = sum(sizes)
+    if needed > len(pool):
+        raise ValueError(
+            f"found {len(pool)} images to draw {list(sizes)} disjoint ones from, expected at least {needed}; lower n"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(n_draws, len(pool), generator=generator).argsort(dim=1)[:, :needed]
+    return list(pool[order].split(list(sizes), dim=1))
+
+
+def rejection_rates(
+    reference: Tensor,
+    others: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    n_samplings: int = 100,
+    n_perm: int = 500,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> list[Row]:
+    """Table 1: how often MMD and MMD-CC reject at `alpha`, over draws of n samples from finite pools of embeddings.
+
+    reference: (N, D), the pool of S_P(1) and S_P(2); others: name -> (M, D), the pool of S_Q. A row "no shift" takes S_Q from
+    the reference as well: the type-I error. Draws from a finite pool overlap, so the interval (Clopper-Pearson) is about the
+    draws and not about other pools. Each row keeps its p-values.
+    """
+    rows = []
+    for name, other in {"no shift": reference[:0], **others}.items():
+        z = mmd.centred(torch.cat([reference, other]))
+        gram = z @ z.T
+        ours, theirs = torch.arange(len(reference)), torch.arange(len(reference), len(z))
+        for n in sizes:
+            if name == "no shift":
+                x1, x2, y = draws_without_overlap(ours, n_samplings, (n, n, n), seed)
+            else:
+                x1, x2 = draws_without_overlap(ours, n_samplings, (n, n), seed)
+                (y,) = draws_without_overlap(theirs, n_samplings, (n,), seed + 1)
+            tests = mmd.test_draws(gram, x1, x2, y, n_perm, seed)
+            for test, p in (("MMD", tests.mmd), ("MMD-CC", tests.mmd_cc)):
+                rejected = int((p <= alpha).sum())
+                low, high = metrics.binomial_interval(rejected, n_samplings)
+                rows.append(
+                    dict(test=test, shift=name, n=n, rate=rejected / n_samplings, low=low, high=high, p_values=p.tolist())
+                )
+    return rows
+
+
+def small_sample_aurocs(
+    reference: Tensor,
+    anomalies: Mapping[str, Tensor],
+    sizes: Sequence[int] = (3, 5, 10, 20),
+    n_draws: int = 5000,
+    n_perm: int = 100,
+    seed: int = 0,
+) -> list[Row]:
+    """Table 2: AUROC of the tests' p-values, S_Q in-distribution against S_Q anomalous, for samples of n images.
+
+    reference: (N, D) in-distribution embeddings, from which S_P(1), S_P(2) and the in-distribution S_Q are drawn, disjoint;
+    anomalies: name -> (M, D). `ceiling` is the largest AUROC that p-values of n_perm splits allow when every anomalous draw has
+    the smallest p-value: 1 - 0.5 / (n_perm + 1). `level` is the rejection rate at 0.05 without anomalies.
+    """
+    rows = []
+    for name, anomalous in anomalies.items():
+        z = mmd.centred(torch.cat([reference, anomalous]))
+        gram = z @ z.T
+        ours, theirs = torch.arange(len(reference)), torch.arange(len(reference), len(z))
+        for n in sizes:
+            x1, x2, y_in = draws_without_overlap(ours, n_draws, (n, n, n), seed)
+            (y_out,) = draws_without_overlap(theirs, n_draws, (n,), seed + 1)
+            normal = mmd.test_draws(gram, x1, x2, y_in, n_perm, seed)
+            odd = mmd.test_draws(gram, x1, x2, y_out, n_perm, seed + 1)
+            for test, p_in, p_out in (("MMD", normal.mmd, odd.mmd), ("MMD-CC", normal.mmd_cc, odd.mmd_cc)):
+                low, high = metrics.bootstrap_interval(p_in, p_out, n_boot=200)
+                level = float((p_in <= 0.05).double().mean())
+                rows.append(
+                    dict(test=test, anomaly=name, n=n, auroc=metrics.auroc(p_in, p_out), low=low, high=high, level=level)
+                    | dict(ceiling=1 - 0.5 / (n_perm + 1), n_perm=n_perm)
+                )
+    return rows
+
+
+# --- Section 5 ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """One division of the held-out in-distribution images: indices of X_val(1), X_val(2) and the test images."""
+
+    reference: Tensor
+    calibration: Tensor
+    test: Tensor
+
+
+def splits(n: int, n_splits: int, n_reference: int, n_calibration: int, n_test: int = 0, seed: int = 0) -> list[Split]:
+    """`n_splits` random divisions of n held-out images; the test images are `n_test`, or with 0 all that are left."""
+    left = n - n_reference - n_calibration
+    if min(n_reference, n_calibration) < 2 or left < max(2, n_test):
+        raise ValueError(
+            f"found {n} held-out images for {n_reference} reference, {n_calibration} calibration and {n_test or 'some'} test; "
+            "expected enough for all and at least 2 of each"
+        )
+    sizes = dict(reference=n_reference, calibration=n_calibration, test=n_test or left)
+    return [Split(**data.split(n, sizes, seed + i)) for i in range(n_splits)]
+
+
+def attacked(
+    name: str, classifier: nn.Module, images: Tensor, labels: Tensor, cache: str | Path | None = None, **settings: Any
+) -> Tensor:
+    """Images (N, 3, S, S) after the attack `name` of attacks.ATTACKS, float32 in [0, 1]; kept in `cache` under their content."""
+    if name not in attacks.ATTACKS:
+        raise ValueError(f"attack: found {name!r}, expected one of {list(attacks.ATTACKS)}")
+    if cache is None:
+        return attacks.ATTACKS[name](classifier, images, labels, **settings)
+    digest = hashlib.sha256(encoders.fingerprint(classifier).encode())
+    digest.update(json.dumps([name, settings, list(images.shape), str(images.dtype)], sort_keys=True).encode())
+    digest.update(images.cpu().contiguous().numpy().tobytes() + labels.cpu().contiguous().numpy().tobytes())
+    path = Path(cache) / f"attack-{digest.hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        return encoders.read_safetensors(path, "cadetlib.images")[0]["images"]
+    result = attacks.ATTACKS[name](classifier, images, labels, **settings).cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{id(result)}")
+    save_file({"images": result.contiguous()}, temporary, {"format": "cadetlib.images"})
+    temporary.replace(path)
+    return result
+
+
+def attack_settings(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of attack `name` among a notebook's flat parameters: pgd_eps is `eps` of "pgd".
+
+    >>> attack_settings("cw_l2", {"cw_l2_c": 0.1, "cw_l2_ball_eps": 0.5, "seed": 0})
+    {'c': 0.1}
+    """
+    longer = [other for other in attacks.ATTACKS if other.startswith(name + "_")]
+    own = [k for k in parameters if k.startswith(name + "_") and not any(k.startswith(other + "_") for other in longer)]
+    return {k.removeprefix(name + "_"): parameters[k] for k in own}
+
+
+def attack_all(
+    names: Sequence[str], classifier: nn.Module, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], cache: str | Path
+) -> dict[str, Tensor]:
+    """`attacked` for each of several attacks, under the names of ATTACK_NAMES."""
+    made = {}
+    for name in names:
+        settings = attack_settings(name, parameters)
+        print(f"{len(images)} images after {ATTACK_NAMES.get(name, name)} {settings}")
+        made[ATTACK_NAMES.get(name, name)] = attacked(name, classifier, images, labels, cache, **settings)
+    return made
+
+
+def save_sets(folder: Path, **sets: Tensor) -> str:
+    """Keep image sets in one safetensors file of `folder`; returns the file's name. uint8 stays uint8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".images.{id(sets)}"
+    save_file({name: images.contiguous() for name, images in sets.items()}, temporary, {"format": "cadetlib.images"})
+    temporary.replace(folder / "images.safetensors")
+    return "images.safetensors"
+
+
+def load_sets(folder: Path, file: str) -> dict[str, Tensor]:
+    """Image sets that `save_sets` kept."""
+    return encoders.read_safetensors(folder / file, "cadetlib.images")[0]
+
+
+def attack_strength(classifier: nn.Module, images: Tensor, labels: Tensor, attacked_sets: Mapping[str, Tensor]) -> list[Row]:
+    """The victim's accuracy on clean and on attacked images, and how far the attack moved them."""
+    clean = resize_to(images, images.shape[-1])
+    rows = [dict(images="clean", accuracy=attacks.accuracy(classifier, clean, labels), linf=0.0, l2=0.0)]
+    for name, moved in attacked_sets.items():
+        change = (moved - clean).flatten(1)
+        linf, l2 = float(change.abs().amax(1).mean()), float(change.norm(dim=1).mean())
+        rows.append(dict(images=name, accuracy=attacks.accuracy(classifier, moved, labels), linf=linf, l2=l2))
+    return rows
+
+
+def pairs_of_splits(
+    held_out: embed.ViewSums,
+    anomalies: embed.ViewSums,
+    paired: bool,
+    divisions: Sequence[Split],
+    n_views: int,
+    score: Callable[[cadet.CADet, embed.ViewSums], Tensor] = cadet.CADet.score_sums,
+) -> list[Pair]:
+    """Scores of CADet per split: fitted on its reference and calibration images, asked for its test images and the anomalies.
+
+    paired: whether anomaly i was made from held-out image i. `score` may be another function of detector and sums.
+    """
+    if paired and len(anomalies) != len(held_out):
+        raise ValueError(f"found {len(anomalies)} anomalies made from {len(held_out)} images, expected one for each")
+    pairs = []
+    for division in divisions:
+        detector = cadet.CADet(nn.Identity(), n_views=n_views)
+        detector.fit_sums(held_out[division.reference], held_out[division.calibration])
+        odd = anomalies[division.test] if paired else anomalies
+        pairs.append((score(detector, held_out[division.test]), score(detector, odd)))
+    return pairs
+
+
+def m_in_only(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
+    """The intra-similarity alone, as a score."""
+    return detector.similarities_of_sums(sums)[0]
+
+
+def m_out_only(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
+    """The out-similarity alone, as a score."""
+    return detector.similarities_of_sums(sums)[1]
+
+
+def weighted(factor: float) -> Callable[[cadet.CADet, embed.ViewSums], Tensor]:
+    """The score with gamma replaced by factor * gamma of Eq. 7."""
+
+    def score(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
+        m_in, m_out = detector.similarities_of_sums(sums)
+        return m_in + factor * detector.gamma_ * m_out
+
+    return score
+
+
+def summary(pairs: Sequence[Pair], n_boot: int = 500) -> Row:
+    """AUROC, AUPR (anomalies positive) and FPR at 95 % TPR, each the mean over splits, with the AUROC's interval and spread."""
+    interval = metrics.splits_interval(pairs, n_boot=n_boot)
+    return dict(
+        auroc=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        splits=[metrics.auroc(*pair) for pair in pairs],
+        aupr=sum(metrics.aupr(*pair) for pair in pairs) / len(pairs),
+        fpr95=sum(metrics.fpr_at_tpr(*pair) for pair in pairs) / len(pairs),
+        n_in=len(pairs[0][0]),
+        n_out=len(pairs[0][1]),
+    )
+
+
+def moments(sums: embed.ViewSums, detector: cadet.CADet) -> Row:
+    """A column of Table 5: mean and variance of m_in and m_out, and gamma's share of the mean."""
+    m_in, m_out = detector.similarities_of_sums(sums)
+    return dict(
+        mean_m_in=float(m_in.mean()),
+        mean_m_out=float(m_out.mean()),
+        mean_gamma_m_out=float(detector.gamma_ * m_out.mean()),
+        variance_m_in=float(m_in.var()),
+        variance_m_out=float(m_out.var()),
+        n=len(m_in),
+    )
+
+
+def view_sums_of_sets(
+    encoder: nn.Module,
+    sets: Mapping[str, Tensor],
+    views: EvalViews,
+    grid: Sequence[int],
+    cache: str | Path | None = None,
+    batch_size: int = 1024,
+    dtype: str = "float32",
+    say: Callable[[str], None] = print,
+) -> dict[str, embed.ViewSums]:
+    """View sums of several sets of images, one line of progress each."""
+    checks.at_least(len(sets), "number of image sets", 1)
+    sums = {}
+    for name, images in sets.items():
+        say(f"{len(images)} images of {name}: {grid[-1]} views each")
+        sums[name] = embed.view_sums(encoder, images, views, grid, batch_size=batch_size, dtype=dtype, cache=cache)
+    return sums
+
+
+# --- what notebooks ask for ---------------------------------------------------------------------------------------------
+
+
+def load_encoders(folder: Path, files: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The encoders that notebook 01 saved below `folder`: name -> module, on the GPU when there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: encoders.load_encoder(folder / file).to(device) for name, file in files.items()}
+
+
+def positions(labels: Tensor | None, classes: Sequence[int]) -> Tensor:
+    """Labels as a classifier of `classes` counts them: by position; unchanged when `classes` is empty."""
+    if labels is None:
+        raise ValueError("labels: found none, expected labelled images: an attack moves an image away from its label")
+    return torch.tensor([list(classes).index(int(y)) for y in labels]) if classes else labels
+
+
+def some_of(images: data.ImageSet, n: int, seed: int) -> data.ImageSet:
+    """n of the images, drawn at random and left in their order; all of them when n is 0."""
+    return images[data.split(len(images), {"some": n}, seed)["some"].sort().values] if n else images
+
+
+def accuracy(classifier: encoders.Classifier, images: data.ImageSet) -> float:
+    """Share of the labelled images that the classifier gets right."""
+    if images.labels is None:
+        raise ValueError(f"{images.name}: found no labels, expected labelled images")
+    return attacks.accuracy(classifier, images.images, images.labels)
+
+
+def encoder_quality(encoder: nn.Module, training: data.ImageSet, held_out: data.ImageSet) -> Row:
+    """What an encoder's features know of the labels: kNN and linear-probe accuracy on held-out images."""
+    if training.labels is None or held_out.labels is None:
+        raise ValueError(f"found no labels in {training.name} or {held_out.name}, expected labelled images")
+    known, asked = embed.embed(encoder, training.images), embed.embed(encoder, held_out.images)
+    head = probe.linear_probe(known, training.labels)
+    return dict(
+        knn_accuracy=probe.knn_accuracy(known, training.labels, asked, held_out.labels),
+        linear_probe_accuracy=float((head(asked).argmax(1) == held_out.labels).double().mean()),
+        n_classes=int(training.labels.max()) + 1,
+        n_features=known.shape[1],
+        n_parameters=encoders.n_parameters(encoder),
+        n_training=len(training),
+        n_held_out=len(held_out),
+        fingerprint=encoders.fingerprint(encoder),
+    )
+
+
+def roc_points(pairs: Sequence[Pair], n_points: int = 201) -> Row:
+    """Figure 1b: the ROC curve averaged over splits at equal false alarm rates, and its mean AUROC."""
+    grid = np.linspace(0, 1, n_points)
+    curves = [metrics.roc_curve(*pair) for pair in pairs]
+    mean = np.mean([np.interp(grid, curve.false_alarm_rate, curve.detection_rate) for curve in curves], axis=0)
+    auroc = sum(metrics.auroc(*pair) for pair in pairs) / len(pairs)
+    return dict(false_alarm_rate=grid, detection_rate=mean, auroc=auroc)
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Questions to CADet about view sums already made: in-distribution images, their splits, and sets of anomalies."""
+
+    sums: Mapping[str, embed.ViewSums]  # among them "in-distribution"
+    paired: Mapping[str, bool]  # whether image i of a set was made from in-distribution image i
+    divisions: Sequence[Split]
+
+    @property
+    def anomalies(self) -> list[str]:
+        """Names of the sets that are not in-distribution."""
+        return [name for name in self.sums if name != "in-distribution"]
+
+    def __call__(
+        self,
+        anomaly: str,
+        n_views: int,
+        score: Callable[[cadet.CADet, embed.ViewSums], Tensor] = cadet.CADet.score_sums,
+        n_reference: int = 0,
+    ) -> Row:
+        """`summary` of the AUROC for one set of anomalies; with `n_reference`, from so many of the reference images."""
+        held_out = self.sums["in-distribution"]
+        divisions = [replace(d, reference=d.reference[: n_reference or len(d.reference)]) for d in self.divisions]
+        pairs = pairs_of_splits(held_out, self.sums[anomaly], self.paired[anomaly], divisions, n_views, score)
+        return {"anomaly": anomaly} | summary(pairs)
+
+    def detector(self, n_views: int, split: int = 0) -> cadet.CADet:
+        """CADet as fitted on one split."""
+        division, held_out = self.divisions[split], self.sums["in-distribution"]
+        fitted = cadet.CADet(nn.Identity(), n_views=n_views)
+        return fitted.fit_sums(held_out[division.reference], held_out[division.calibration])
+
+    def tested(self, name: str, split: int = 0) -> embed.ViewSums:
+        """The sums of a set's images that a split tests: those made from its test images, or all."""
+        sums = self.sums[name]
+        return sums[self.divisions[split].test] if name == "in-distribution" or self.paired[name] else sums
+
+    def moments(self, n_views: int) -> dict[str, Row]:
+        """Table 5, on the first split."""
+        return {name: moments(self.tested(name), self.detector(n_views)) for name in self.sums}
+
+    def gammas(self, n_views: int) -> list[float]:
+        """gamma of Eq. 7 on each split."""
+        return [self.detector(n_views, split).gamma_ for split in range(len(self.divisions))]
+
+    def points(self, n_views: int, most: int = 250) -> list[Row]:
+        """m_in and gamma m_out of at most `most` images of each set, on the first split."""
+        detector, found = self.detector(n_views), []
+        for name in self.sums:
+            m_in, m_out = detector.similarities_of_sums(self.tested(name)[:most])
+            found.append(dict(set=name, m_in=m_in, gamma_m_out=detector.gamma_ * m_out))
+        return found
+
+    def p_values(self, name: str, n_views: int, split: int = 0) -> Tensor:
+        """Eq. 8 for a set's tested images, on one split."""
+        detector = self.detector(n_views, split)
+        return cadet.p_values(detector.calibration_scores_, detector.score_sums(self.tested(name, split)))
+
+    def fresh_p_values(self, n_views: int) -> list[list[float]]:
+        """p-values of the in-distribution test images, for each split."""
+        return [self.p_values("in-distribution", n_views, split).tolist() for split in range(len(self.divisions))]
+
+    def p_value_curves(self, n_views: int) -> list[Row]:
+        """Sorted p-values of every set, on the first split."""
+        kinds = {name: "in" if name == "in-distribution" else "out" for name in self.sums}
+        return [dict(name=n, kind=kind, p_values=self.p_values(n, n_views).sort().values.tolist()) for n, kind in kinds.items()]
+
+
+def batch_decisions(curves: Sequence[Row], alpha: float, q: float) -> list[Row]:
+    """In-distribution images and as many anomalies of one kind: p <= alpha beside Benjamini and Hochberg at level q."""
+    normal = next(np.asarray(curve["p_values"]) for curve in curves if curve["kind"] == "in")
+    rows = []
+    for curve in curves:
+        if curve["kind"] == "in":
+            continue
+        odd = np.asarray(curve["p_values"])
+        n = min(len(normal), len(odd))
+        picked = [np.linspace(0, len(p) - 1, n).round().astype(int) for p in (normal, odd)]
+        p_values = np.concatenate([normal[picked[0]], odd[picked[1]]])
+        row: Row = dict(anomaly=curve["name"], n=2 * n)
+        for rule, flagged in (("alpha", p_values <= alpha), ("bh", metrics.benjamini_hochberg(p_values, q))):
+            row[f"{rule}_flagged"] = int(flagged.sum())
+            row[f"{rule}_false_discoveries"] = float(flagged[:n].sum() / max(1, flagged.sum()))
+            row[f"{rule}_found"] = float(flagged[n:].mean())
+        rows.append(row)
+    return rows
+
+
+def example_folders(folder: Path, seed: int) -> Path:
+    """Three folders of digits to try CADet on: 0 to 6 as reference and calibration; 30 of these and 30 of 7 to 9 to judge."""
+    from PIL import Image
+
+    normal, odd = data.load("digits-test").of_classes(range(7)), data.load("digits-7-to-9")
+    parts = data.split(len(normal), {"reference": 150, "calibration": 400, "images": 30}, seed)
+    chosen = {name: [("normal", normal.images[i]) for i in index] for name, index in parts.items()}
+    chosen["images"] += [("odd", odd.images[i]) for i in data.split(len(odd), {"images": 30}, seed)["images"]]
+    for part, images in chosen.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for number, (kind, image) in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / part / f"{kind}_{number:03d}.png")
+    return folder

@@ -1,0 +1,36 @@
+"""What a child process needs that must outlive nothing: a clean environment, and an end when its parent ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+# What torchrun tells its workers, or takes as its own options (PET_): left over from elsewhere, it misleads the next launch.
+_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+_DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "PET_")
+_SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up here, since a fork may not load libraries
+
+
+def without_distributed(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables of a distributed run.
+
+    >>> without_distributed({"RANK": "3", "PET_NNODES": "2", "HOME": "/home/ada"})
+    {'HOME': '/home/ada'}
+    """
+    return {k: v for k, v in environment.items() if k not in _DISTRIBUTED and not k.startswith(_DISTRIBUTED_PREFIXES)}
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have this process receive SIGTERM when the thread that started it ends, however it ends. Linux; elsewhere nothing.
+
+    `parent`: the process id it should be the child of; if that one has ended already, the signal comes at once. Survives an
+    exec, so that it serves as `preexec_fn` of any command.
+    """
+    if _prctl is not None:
+        _prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,568 @@
+"""A profile, notebook by notebook, through papermill.
+
+    python -m cadetlib.reproduce PROFILE [--only 02,04] [--force] [--gpus 0,1] [--output DIR]
+
+Every parameter is checked before anything starts. A notebook is skipped when its key (parameters, source, library, data and
+the results it needs) is the one its results on disk were made with, so that after a failure or a kill the same command goes
+on where it stopped. A notebook is done when papermill ended well and the results of this very run are on disk: a killed
+kernel leaves papermill's cells looking completed. Exit codes: 0 all results on disk, 1 a notebook failed, 2 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cadetlib import parameters, record
+
+PACKAGE = Path(__file__).resolve().parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+QUIET = {"PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+NOISE = re.compile(
+    r"(Executing|Ending) Cell \d+-+$|(In|Out)put Notebook: |Executing notebook with|\[IPKernelApp\] WARNING .* over TCP"
+)
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One notebook of a profile, as it will be run."""
+
+    name: str
+    path: Path
+    parameter_file: Path
+    parameters: dict[str, Any]
+    needs: tuple[str, ...]  # the earlier notebooks whose results it reads
+    source: str  # digest of its cells, outputs left out
+
+    @property
+    def number(self) -> str:
+        """The digits before the first underscore."""
+        return self.name.split("_")[0]
+
+
+# --- what is to be run --------------------------------------------------------------------------------------------------
+
+
+def notebooks_of(profile: str, root: Path | None = None) -> list[Notebook]:
+    """Every notebook of the checkout with the parameters of `profile`, in order.
+
+    One ValueError lists all that is wrong: an unknown profile, a notebook without its parameter file or the reverse, unknown
+    names, wrong types, a need of what is no earlier notebook.
+    """
+    root = root or record.checkout()
+    profiles = sorted(p.name for p in (root / "params").glob("*") if p.is_dir())
+    if profile not in profiles:
+        raise ValueError(f"profile: found {profile!r}, expected one of {', '.join(profiles) or f'the folders of {root}/params'}")
+    paths = sorted((root / "notebooks").glob("*.ipynb"))
+    if not paths:
+        raise ValueError(f"{root}/notebooks: found no notebooks, expected NN_name.ipynb")
+    names = [path.stem for path in paths]
+    files = {path.stem: path for path in sorted((root / "params" / profile).glob("*.yaml"))}
+    problems = [f"{files[name]}: found no notebooks/{name}.ipynb that it belongs to" for name in files if name not in names]
+    found = []
+    for i, path in enumerate(paths):
+        try:
+            found.append(_notebook(path, root / "params" / profile, names[:i]))
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
+
+
+def _notebook(path: Path, folder: Path, earlier: Sequence[str]) -> Notebook:
+    """One notebook with the parameters of the profile whose files are in `folder`."""
+    file = folder / f"{path.stem}.yaml"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: found no such file, expected the parameters of {path.name} (it may be empty)")
+    defaults = {name: parameter.value for name, parameter in parameters.declared(path).items()}
+    merged = parameters.validate(defaults, parameters.read_yaml(file), file)
+    if merged.get("profile") != folder.name:
+        raise ValueError(f"{file}: profile: found {merged.get('profile')!r}, expected {folder.name!r}, the name of its folder")
+    if merged.pop("output", None) != "":
+        raise ValueError(f"{path}, {file}: output: expected a parameter that is '' (another folder is named with --output)")
+    cells = parameters.read_notebook(path)
+    needs = tuple(dict.fromkeys(name for cell in cells if cell["cell_type"] == "code" for name in _needs(cell["source"], path)))
+    unknown = [name for name in needs if name not in earlier]
+    if unknown:
+        raise ValueError(f"{path}: found need({unknown[0]!r}), expected an earlier notebook: {', '.join(earlier) or 'none'}")
+    source = record.digest([[cell["cell_type"], cell["source"]] for cell in cells])
+    return Notebook(path.stem, path, file, merged, needs, source)
+
+
+def _needs(source: str, path: Path) -> list[str]:
+    """The names in the calls `run.need("...")` of one cell, read without running it."""
+    calls = [node for node in ast.walk(_tree(source, path)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "need"]
+    for call in calls:
+        if len(call.args) != 1 or not isinstance(call.args[0], ast.Constant):
+            raise ValueError(f'{path}: found `{ast.unparse(call)}`, expected the name itself, as in run.need("01_pretraining")')
+    return [str(call.args[0].value) for call in calls if isinstance(call.args[0], ast.Constant)]
+
+
+def _tree(source: str, path: Path) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager  # a cell with %magics or !commands
+
+        try:
+            return ast.parse(TransformerManager().transform_cell(source))
+        except SyntaxError as error:
+            raise ValueError(f"{path}: found a cell that is no Python: {error}") from error
+
+
+def select(notebooks: Sequence[Notebook], only: str | None) -> list[Notebook]:
+    """The notebooks of `--only`, a comma-separated list of numbers or names; all of them for None."""
+    if only is None:
+        return list(notebooks)
+    wanted = [item.strip() for item in only.split(",")]
+    wanted = [item.zfill(2) if item.isdecimal() else item for item in wanted]
+    known = {n.number for n in notebooks} | {n.name for n in notebooks}
+    unknown = [item for item in wanted if item not in known]
+    if unknown:
+        raise ValueError(f"--only: found {only!r}, expected numbers or names out of {', '.join(n.name for n in notebooks)}")
+    return [n for n in notebooks if n.number in wanted or n.name in wanted]
+
+
+def gpu_slots(gpus: str | None) -> list[str | None]:
+    """One CUDA_VISIBLE_DEVICES a notebook that may run at a time; [None], one after the other, without `--gpus`."""
+    if gpus is None:
+        return [None]
+    if not re.fullmatch(r"\d+(,\d+)*", gpus) or len(set(gpus.split(","))) < len(gpus.split(",")):
+        raise ValueError(f"--gpus: found {gpus!r}, expected different whole numbers separated by commas, such as 0,1")
+    devices = visible_gpus()
+    if any(int(i) >= len(devices) for i in gpus.split(",")):
+        raise ValueError(
+            f"--gpus: found {gpus!r}, expected numbers below {len(devices)}, the number of GPUs that torch sees here"
+        )
+    return [devices[int(i)] for i in gpus.split(",")]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]
+
+
+def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
+    """For each image set that a notebook lists in its parameter `data_required` and that is not there, what to do about it."""
+    names = [name for notebook in notebooks for name in notebook.parameters.get("data_required", [])]
+    if not names:
+        return []
+    from cadetlib import data
+
+    return data.missing(list(dict.fromkeys(names)))
+
+
+# --- what is done -------------------------------------------------------------------------------------------------------
+
+
+def library_digest(folder: Path = PACKAGE) -> str:
+    """SHA-256 of the package's sources and templates."""
+    files = sorted([*folder.glob("*.py"), *folder.glob("*.j2")])
+    return record.digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files])
+
+
+def data_listing() -> dict[str, int | None] | None:
+    """Names of the data root's entries, and sizes of its files; None without a data root. Its place does not matter."""
+    root = Path(os.environ.get("CADET_DATA") or record.checkout() / "data").expanduser()
+    if not root.is_dir():
+        return None
+    return {p.name: p.stat().st_size if p.is_file() else None for p in sorted(root.iterdir()) if not p.name.startswith(".")}
+
+
+def key_of(notebook: Notebook, folder: Path, library: str, data: Mapping[str, int | None] | None) -> str:
+    """What the notebook's results depend on, as one digest. Raises as `record.read` when what it needs is not on disk."""
+    needed = {name: record.read(folder / f"{name}.json").digest for name in notebook.needs}
+    return record.digest([notebook.parameters, notebook.source, library, data, needed])
+
+
+def _done_file(folder: Path, name: str) -> Path:
+    return folder / ".done" / f"{name}.json"
+
+
+def is_done(folder: Path, name: str, key: str | None = None) -> bool:
+    """Whether a notebook was finished (with that key) and its results on disk verify and are those of that run."""
+    try:
+        done = json.loads(_done_file(folder, name).read_bytes())
+        return key in (None, done["key"]) and record.read(folder / f"{name}.json").digest == done["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What the notebooks of one call have in common."""
+
+    root: Path
+    folder: Path
+    output: str  # as given with --output, absolute; "" for the profile's own folder
+    library: str
+    data: dict[str, int | None] | None
+
+
+@dataclass
+class Child:
+    """One notebook at work."""
+
+    notebook: Notebook
+    key: str
+    run_id: str
+    slot: str | None
+    process: subprocess.Popen[str]
+    printer: threading.Thread
+    started: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a notebook."""
+
+    state: str
+    seconds: float | None = None
+    failure: str = ""
+
+
+def say(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]) -> dict[str, Outcome]:
+    """Run what is not done, each as soon as what it needs is there and a slot is free; after a failure nothing new is begun."""
+    waiting, running, free = list(selected), list[Child](), list(slots)
+    outcomes: dict[str, Outcome] = {}
+    place = {n.name: f"[{i}/{len(selected)}] {n.name}" for i, n in enumerate(selected, 1)}
+    try:
+        while running or (waiting and not _failed(outcomes)):
+            unfinished = {n.name for n in waiting} | {child.notebook.name for child in running}
+            ready = [n for n in waiting if not unfinished & set(n.needs)]
+            if ready and free and not _failed(outcomes):
+                notebook = ready[0]
+                waiting.remove(notebook)
+                key = key_of(notebook, job.folder, job.library, job.data)
+                if is_done(job.folder, notebook.name, key):
+                    outcomes[notebook.name] = Outcome("skipped, unchanged")
+                    say(f"{place[notebook.name]} skipped, unchanged")
+                else:
+                    say(place[notebook.name])
+                    running.append(_begin(notebook, key, job, free.pop(0), len(slots)))
+                continue
+            time.sleep(0.1)
+            for child in [child for child in running if child.process.poll() is not None]:
+                running.remove(child)
+                free.append(child.slot)
+                outcome = outcomes[child.notebook.name] = _finish(child, job)
+                say(f"{place[child.notebook.name]} {outcome.state}, {outcome.seconds:.1f} s")
+    finally:
+        _end(running)
+    return outcomes
+
+
+def _failed(outcomes: Mapping[str, Outcome]) -> bool:
+    return any(outcome.failure for outcome in outcomes.values())
+
+
+def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: int) -> Child:
+    """Start papermill on a notebook, in a process of its own under `supervise`."""
+    executed, log = job.folder / f"{notebook.name}.ipynb", job.folder / "logs" / f"{notebook.name}.log"
+    for stale in (_done_file(job.folder, notebook.name), executed):
+        stale.unlink(missing_ok=True)
+    log.parent.mkdir(exist_ok=True)
+    run_id = uuid.uuid4().hex
+    supervisor = "import sys; from cadetlib.reproduce import supervise; sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", supervisor, str(os.getpid()), *_papermill(notebook, executed, job)],
+        cwd=job.root,
+        env=_environment(job.root, run_id, slot, n_slots),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends its children
+    )
+    prefix = f"{notebook.number} | " if n_slots > 1 else "    "
+    printer = threading.Thread(target=_print_and_log, args=(process, log, prefix), daemon=True)
+    printer.start()
+    return Child(notebook, key, run_id, slot, process, printer, time.monotonic())
+
+
+def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
+    """The command; paths below the checkout are relative to it, since papermill writes them into the executed notebook."""
+    paths = [notebook.path, executed, notebook.parameter_file]
+    source, target, file = (str(p.relative_to(job.root) if p.is_relative_to(job.root) else p) for p in paths)
+    options = ["-f", file, *(["-r", "output", job.output] if job.output else [])]
+    return [sys.executable, "-m", "papermill", source, target, *options, "-k", "python3", "--log-output", "--no-progress-bar"]
+
+
+def _environment(root: Path, run_id: str, slot: str | None, n_slots: int) -> dict[str, str]:
+    """The child's environment: this package and data root, no network, no stale distributed variables, its GPU."""
+    kept = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED and not k.startswith("TORCHELASTIC_")}
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), kept.get("PYTHONPATH")]))
+    environment = OFFLINE | kept | QUIET | {"CADET_ROOT": str(root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
+    if kept.get("CADET_DATA"):
+        environment["CADET_DATA"] = str(Path(kept["CADET_DATA"]).expanduser().absolute())
+    if slot is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = slot
+    if n_slots > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_slots)))
+    return environment
+
+
+def _print_and_log(process: subprocess.Popen[str], log: Path, prefix: str) -> None:
+    """Every line to the log, and to the terminal what is not papermill's talk about itself."""
+    with open(log, "w", encoding="utf-8") as file:
+        for line in process.stdout or ():
+            file.write(line)
+            file.flush()
+            if line.strip() and not NOISE.match(line):
+                say(prefix + line.rstrip())
+
+
+def _finish(child: Child, job: Job) -> Outcome:
+    """Judge an ended notebook, and mark it done when its results are there."""
+    child.printer.join()
+    name, seconds = child.notebook.name, time.monotonic() - child.started
+    why = f"papermill ended with exit code {child.process.returncode}" if child.process.returncode else ""
+    try:
+        found = record.read(job.folder / f"{name}.json")
+        if found.provenance.get("run_id") != child.run_id:
+            why = why or "it wrote no results: those on disk are of an earlier run (run.save was not reached)"
+    except FileNotFoundError:
+        why = why or "it wrote no results (run.save was not reached)"
+    except ValueError as error:
+        why = why or str(error)
+    if why:
+        return Outcome("failed", seconds, f"{name} failed: {why}\n{_what_happened(job.folder, name)}")
+    record.write_atomically(_done_file(job.folder, name), record.canonical({"key": child.key, "digest": found.digest}) + "\n")
+    return Outcome("done", seconds)
+
+
+def _what_happened(folder: Path, name: str, n_lines: int = 20) -> str:
+    """The tail of the failing cell's error; of the log when no cell holds one, as after a killed kernel."""
+    with suppress(OSError, ValueError):
+        for i, cell in enumerate(parameters.read_notebook(folder / f"{name}.ipynb")):
+            for output in cell.get("outputs", []):
+                if output["output_type"] == "error":
+                    lines = "\n".join(output["traceback"]).splitlines()[-n_lines:]
+                    return "\n".join([f"the error of cell {i + 1} of {folder / name}.ipynb:", *map(_uncoloured, lines)])
+    log = folder / "logs" / f"{name}.log"
+    lines = log.read_text(encoding="utf-8").splitlines()[-n_lines:] if log.exists() else []
+    return "\n".join([f"no cell holds an error (kernel killed? out of memory?); the end of {log}:", *map(_uncoloured, lines)])
+
+
+def _uncoloured(line: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", line)
+
+
+# --- processes ----------------------------------------------------------------------------------------------------------
+
+
+def supervise(parent: int, command: Sequence[str]) -> int:
+    """Run a command to its exit code; end it, with all that it started, when the process `parent` ends, however it ends.
+
+    The kernel is papermill's child in a session of its own, and a notebook may start processes itself: the one who takes
+    over the orphans of all of them (Linux: subreaper) can end them all.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if sys.platform == "linux":
+        set_child_subreaper, set_parent_death_signal = 36, 1  # of prctl(2)
+        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
+    try:
+        if os.getppid() != parent:
+            return 1  # it ended before the signal was asked for
+        code = subprocess.call(command)
+        return code if code >= 0 else 128 - code
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_descendants()
+
+
+def end_descendants(timeout: float = 10) -> None:
+    """Kill every descendant of this process, again until none is left: one may have started another meanwhile."""
+    deadline = time.monotonic() + timeout
+    while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        for child in children:
+            with suppress(psutil.Error):
+                child.kill()
+        psutil.wait_procs(children, timeout=0.5)
+
+
+def _end(running: Sequence[Child]) -> None:
+    """End the notebooks at work, their kernels included."""
+    for child in running:
+        child.process.terminate()
+    for child in running:
+        child.process.wait()
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Make SIGINT, SIGTERM and SIGHUP an orderly end with exit code 128 + number."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees however this process ends; ValueError when another one holds it."""
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{folder}: found another reproduce at work here (process {file.read().strip()}), expected none; "
+                "wait for it, end it, or name another folder with --output"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def _check_needs(notebooks: Sequence[Notebook], selected: Sequence[Notebook], job: Job) -> None:
+    """What `--only` leaves out but needs must be on disk; say when it was made with other parameters, code or data."""
+    names = {n.name for n in selected}
+    absent = sorted({name for n in selected for name in n.needs if name not in names and not _verifies(job.folder, name)})
+    if absent:
+        raise ValueError(
+            f"--only: found no results of {', '.join(absent)} in {job.folder}, expected them there; add them to --only"
+        )
+    upstream: set[str] = set()
+    for n in reversed(notebooks):  # needs are earlier notebooks, hence one pass reaches the needs of needs
+        upstream.update(n.needs if n.name in names | upstream else ())
+    for n in notebooks:
+        if n.name in upstream - names and not _is_current(n, job):
+            say(f"note: the results of {n.name} were made with other parameters, code or data; without --only they are redone")
+
+
+def _verifies(folder: Path, name: str) -> bool:
+    try:
+        return bool(record.read(folder / f"{name}.json"))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_current(notebook: Notebook, job: Job) -> bool:
+    try:
+        return is_done(job.folder, notebook.name, key_of(notebook, job.folder, job.library, job.data))
+    except (OSError, ValueError):
+        return False
+
+
+def _summary(selected: Sequence[Notebook], outcomes: Mapping[str, Outcome], folder: Path) -> str:
+    """A line for each notebook, and where the report is."""
+    rows = [(n.name, outcomes.get(n.name, Outcome("not run"))) for n in selected]
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        f"{name:{width}}  {f'{outcome.seconds:8.1f} s' if outcome.seconds is not None else '':10}  {outcome.state}"
+        for name, outcome in rows
+    ]
+    report = folder / "report.html"
+    return "\n".join(["", *lines, "", f"report: {report}" if report.exists() else f"results: {folder}"])
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cadetlib.reproduce", description="Run a profile's notebooks in order.")
+    parser.add_argument("profile", help="a folder of params/, such as digits")
+    parser.add_argument("--only", metavar="02,04", help="these notebooks alone; what they need must be on disk")
+    parser.add_argument("--force", action="store_true", help="redo also what is done and unchanged")
+    parser.add_argument("--gpus", metavar="0,1", help="run notebooks side by side, one on each of these GPUs")
+    parser.add_argument("--output", metavar="DIR", default="", help="folder of the results (outputs/PROFILE in the checkout)")
+    return parser.parse_args(arguments)
+
+
+def _to_continue(chosen: argparse.Namespace) -> str:
+    """The command that goes on from here; what --force was to redo and has been redone is not redone once more."""
+    options = [
+        part for name in ("only", "gpus", "output") if getattr(chosen, name) for part in (f"--{name}", getattr(chosen, name))
+    ]
+    return shlex.join(["python", "-m", "cadetlib.reproduce", chosen.profile, *options])
+
+
+def reproduce(chosen: argparse.Namespace) -> int:
+    """Check everything, then run; the exit code. ValueError for what is refused before anything starts."""
+    root = record.checkout()
+    notebooks = notebooks_of(chosen.profile, root)
+    selected = select(notebooks, chosen.only)
+    slots = gpu_slots(chosen.gpus)
+    missing = missing_data(selected)
+    if missing:
+        raise ValueError("\n".join(missing))
+    output = str(Path(chosen.output).expanduser().absolute()) if chosen.output else ""
+    folder = record.output_folder(chosen.profile, output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        job = Job(root, folder, output, library_digest(), data_listing())
+        _check_needs(notebooks, selected, job)
+        for n in selected if chosen.force else ():
+            _done_file(folder, n.name).unlink(missing_ok=True)
+        outcomes = run_all(selected, job, slots)
+        say(_summary(selected, outcomes, folder))
+        for outcome in outcomes.values():
+            if outcome.failure:
+                say(f"\n{outcome.failure}")
+        if all(is_done(folder, n.name) for n in selected):
+            return 0
+    say(f"\nto go on from here: {_to_continue(chosen)}")
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of this module; its exit code."""
+    chosen = _arguments(arguments)
+    try:
+        with _signals_end_it():
+            return reproduce(chosen)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    except SystemExit:
+        say(f"\nended with all it started; to go on from here: {_to_continue(chosen)}")
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,496 @@
+"""The training program: its schedule and optimizer against formulas, and a run that survives whatever interrupts it.
+
+Every run here is digits at 8 x 8 pixels through a residual network of width 4. A run that was interrupted must end with the
+weights and the log of one that was not, bit for bit.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from cadetlib import data, encoders, pretrain
+from cadetlib.pretrain import Settings
+
+TINY = dict(
+    data="digits-train", arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=16, head_dim=8, crop_scale=[0.4, 1.0],
+    jitter=0.0, blur=0.0, greyscale=0.0, batch_size=128, epochs=6, warmup_epochs=1, learning_rate=0.5, log_every=1,
+    checkpoint_every=1, knn_every=2, knn_data="digits-test", knn_images=50, seed=3,
+)  # fmt: skip
+STEPS = 36  # 6 epochs of 797 // 128 = 6 batches
+STALE = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="3", LOCAL_WORLD_SIZE="4", MASTER_ADDR="no.such.host", MASTER_PORT="1")
+
+
+def settings(output, **changed):
+    return Settings(output=str(output), **(TINY | changed))
+
+
+# --- helpers: runs in processes of their own, and what a run leaves behind -----------------------------------------------
+
+
+def run_and_exit(parameters, variables):
+    """What `python -m cadetlib.pretrain` does, in a process forked from one that has imported everything."""
+    os.environ.update(variables)
+    sys.exit(pretrain.main(["--params", str(parameters)]))
+
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["cadetlib.pretrain", "timm.optim", "sklearn.datasets", "pytest"])
+
+
+def start(folder, variables=None, **changed):
+    """Begin a run below `folder` in another process; it trains in `folder`/pretraining/contrastive."""
+    file = folder / "parameters.yaml"
+    folder.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(TINY | dict(output=str(folder)) | changed))
+    process = _forks.Process(target=run_and_exit, args=(file, variables or {}))
+    process.start()
+    return process, folder / "pretraining" / "contrastive"
+
+
+def finish(process, timeout=60):
+    process.join(timeout)
+    assert process.exitcode is not None, "the run did not end"
+    return process.exitcode
+
+
+def steps_logged(folder):
+    return [line["step"] for line in pretrain.read_log(folder / "log.jsonl") if "loss" in line]
+
+
+def wait_for_step(folder, step, process, timeout=60):
+    """Until the log holds `step`, or the run has ended."""
+    deadline = time.monotonic() + timeout
+    while process.is_alive() and max(steps_logged(folder), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step} in {timeout} s"
+        time.sleep(0.002)
+
+
+def last_checkpoint(folder):
+    return torch.load(sorted(folder.glob("checkpoint-*.pt"))[-1], weights_only=True)
+
+
+def tensors(value, name=""):
+    """All tensors in nested dicts and lists, by their place."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for key, item in pairs for k, v in tensors(item, f"{name}/{key}").items()}
+
+
+def log_of(folder):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_same_run(found, expected):
+    """Bit-identical weights and optimizer state, the same log line for line, and the same encoder."""
+    a, b = last_checkpoint(found), last_checkpoint(expected)
+    assert a["step"] == b["step"]
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert log_of(found) == log_of(expected)
+    a, b = (encoders.load_encoder(folder / "encoder.safetensors") for folder in (found, expected))
+    assert encoders.fingerprint(a) == encoders.fingerprint(b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert pretrain.train(settings(folder)) == 0
+    assert steps_logged(folder) == list(range(1, STEPS + 1))
+    return folder
+
+
+# --- the schedule and the optimizer --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 1.2 / 20),  # the first step is the first of twenty equal ones
+        (9, 0.6),
+        (19, 1.2),  # the last of the warm-up
+        (20, 1.2),  # the cosine begins at its top
+        (60, 0.6),  # half of it
+        (80, 1.2 * (2 - math.sqrt(2)) / 4),  # three quarters: (1 + cos 135 degrees) / 2
+        (99, 1.2 * math.sin(math.pi / 160) ** 2),  # the last step is one short of zero
+    ],
+)
+def test_learning_rate_at_its_corners(step, expected):
+    paper = Settings(learning_rate=1.2, warmup_epochs=2, epochs=10)
+    assert pretrain.learning_rate(step, 10, paper) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rate_without_warmup_and_in_a_run(uninterrupted):
+    assert pretrain.learning_rate(0, 10, Settings(learning_rate=0.3, warmup_epochs=0, epochs=5)) == 0.3
+    logged = [line["learning_rate"] for line in log_of(uninterrupted) if "loss" in line]
+    warmup = [0.5 * (i + 1) / 6 for i in range(6)]
+    assert logged == pytest.approx(warmup + [0.25 * (1 + math.cos(math.pi * i / 30)) for i in range(30)], rel=1e-12)
+
+
+def lars_by_hand(weights, gradients, buffers, rate, momentum, decay, trust=0.001):
+    """You et al. 2017, with momentum as in torch's SGD; biases and batch norm (one dimension) take plain SGD steps."""
+    for name, w in weights.items():
+        g = gradients[name]
+        if not ("bias" in name or "bn" in name):
+            norm_w, norm_g = w.square().sum().sqrt(), g.square().sum().sqrt()
+            g = (g + decay * w) * trust * norm_w / (norm_g + decay * norm_w)
+        buffers[name] = momentum * buffers.get(name, 0) + g
+        weights[name] = w - rate * buffers[name]
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.0])
+def test_lars_is_the_written_one(decay):
+    """Weights are adapted and decayed, with and without decay; biases and batch norm are neither."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), linear=nn.Linear(5, 2))).double()
+    optimizer = pretrain.make_optimizer(model, Settings(optimizer="lars", momentum=0.8, weight_decay=decay, learning_rate=9.0))
+    expected, buffers = {name: p.detach().clone() for name, p in model.named_parameters()}, {}
+    for rate in (0.5, 2.0, 0.7):
+        gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.grad = gradients[name].clone()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        lars_by_hand(expected, gradients, buffers, rate, 0.8, decay)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+def test_weight_decay_spares_biases_and_batch_norm(optimizer):
+    model = pretrain.make_model(settings("x", optimizer=optimizer), 10)
+    made = pretrain.make_optimizer(model, settings("x", optimizer=optimizer, weight_decay=0.3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    norms = {
+        f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for k in ("weight", "bias")
+    }
+    plain = norms | {name for name in names.values() if name.endswith("bias")}
+    found = {names[id(p)]: group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    assert found == {name: 0.0 if name in plain else 0.3 for name in names.values()}
+
+
+# --- interruptions -------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_points(uninterrupted, tmp_path):
+    """kill -9, again and again, before the first checkpoint and after; the log must neither repeat nor lose a step."""
+    chance, kills, code = random.Random(5), 0, None
+    while code != 0:
+        process, folder = start(tmp_path)
+        if kills < 5:
+            before = max(steps_logged(folder), default=0)
+            wait_for_step(folder, min(before - before % 6 + chance.randint(1, 11), STEPS), process)
+            time.sleep(chance.uniform(0, 0.03))
+            process.kill()
+        code = finish(process)
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+    assert kills >= 3
+    assert_same_run(folder, uninterrupted)
+
+
+def run_and_die_in_save(parameters, fatal):
+    """Killed at the `fatal`-th checkpoint, when its bytes are written and its name is not."""
+    fsync, calls = os.fsync, []
+
+    def die(number):
+        fsync(number)
+        calls.append(number)
+        if len(calls) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = die
+    run_and_exit(parameters, {})
+
+
+def test_killed_while_saving(uninterrupted, tmp_path):
+    process, folder = start(tmp_path)
+    process.kill()
+    finish(process)
+    process = _forks.Process(target=run_and_die_in_save, args=(tmp_path / "parameters.yaml", 2))
+    process.start()
+    assert finish(process) == -signal.SIGKILL
+    assert [p.name[:20] for p in folder.glob("checkpoint-*.pt")] == ["checkpoint-000000006"[:20]]
+    assert len(list(folder.glob(".checkpoint-*.part"))) == 1
+    process, folder = start(tmp_path)
+    assert finish(process) == 0
+    assert_same_run(folder, uninterrupted)
+    assert list(folder.glob(".*")) == [], "what the killed process had half written is still there"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_saves_and_leaves(number, uninterrupted, tmp_path):
+    process, folder = start(tmp_path)
+    wait_for_step(folder, 8, process)
+    os.kill(process.pid, number)
+    assert finish(process) == 75
+    step = last_checkpoint(folder)["step"]
+    assert 8 <= step < STEPS and steps_logged(folder) == list(range(1, step + 1))
+    process, folder = start(tmp_path)
+    assert finish(process) == 0
+    assert_same_run(folder, uninterrupted)
+
+
+def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    assert pretrain.train(settings(tmp_path, max_steps=1)) == 0
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate])
+def test_damaged_checkpoint_falls_back_loudly(damage, uninterrupted, tmp_path, capsys):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    (folder / "encoder.safetensors").unlink()
+    last = sorted(folder.glob("checkpoint-*.pt"))[-1]
+    damage(last)
+    assert pretrain.train(settings(folder)) == 0
+    said = capsys.readouterr().out
+    assert f"DAMAGED CHECKPOINT {last.name}" in said and "resumed at step 30" in said
+    assert_same_run(folder, uninterrupted)
+    assert [p.stem for p in folder.glob("*.damaged")] == [last.stem]
+
+
+def test_only_damaged_checkpoints_is_an_error_each_time(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    log = (folder / "log.jsonl").read_bytes()
+    for path in folder.glob("checkpoint-*.pt"):
+        flip(path)
+    for _ in range(2):  # a restart by a scheduler must not begin anew either
+        with pytest.raises(ValueError, match="only damaged checkpoints"):
+            pretrain.train(settings(folder))
+    assert (folder / "log.jsonl").read_bytes() == log
+
+
+def test_checkpoints_on_disk(uninterrupted):
+    """Two of them, complete, of the format that earlier runs wrote; the keys are what later versions must be able to read."""
+    assert [int(p.name.split("-")[1]) for p in sorted(uninterrupted.glob("checkpoint-*.pt"))] == [30, 36]
+    checkpoint = last_checkpoint(uninterrupted)
+    assert set(checkpoint) == {"model", "optimizer", "scaler", "step", "settings"}
+    assert checkpoint["settings"] == settings(uninterrupted).__dict__
+
+
+def test_other_settings_are_refused_by_name(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"tau 0\.1 \(checkpoint\) and 0\.5 \(now\), seed 3 \(checkpoint\) and 4 \(now\)"):
+        pretrain.train(settings(folder, tau=0.5, seed=4))
+
+
+def test_operational_settings_may_change(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    sorted(folder.glob("checkpoint-*.pt"))[-1].unlink()
+    other = dict(log_every=4, checkpoint_every=3, knn_every=1, knn_data="digits", knn_images=20, max_steps=34)
+    assert {"output", *other} == set(pretrain.OPERATION)
+    assert pretrain.train(settings(folder, **other)) == 0
+    assert last_checkpoint(folder)["step"] == 34
+    assert steps_logged(folder) == [*range(1, 31), 32, 34]
+
+
+# --- runs that go wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("log_every", "message"), [(1, "found loss nan"), (1000, "NaN or infinite weights")])
+def test_diverged_loss_stops_the_run(log_every, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain.train(settings(tmp_path, optimizer="sgd", learning_rate=1e30, log_every=log_every))
+    assert list(tmp_path.glob("*checkpoint*")) == []
+
+
+def change_model(monkeypatch, change):
+    """Have the run begin with a model that `change` has been at."""
+    made = pretrain.make_model
+
+    def changed(*arguments):
+        model = made(*arguments)
+        with torch.no_grad():
+            change(model)
+        return model
+
+    monkeypatch.setattr(pretrain, "make_model", changed)
+
+
+def test_infinite_statistics_are_not_saved(monkeypatch, tmp_path):
+    """In training mode batch norm does not use its running mean, so that only the save can see that it is ruined."""
+    change_model(monkeypatch, lambda model: model.encoder.bn1.running_mean.fill_(math.inf))
+    with pytest.raises(ValueError, match="NaN or infinite weights"):
+        pretrain.train(settings(tmp_path))
+    assert list(tmp_path.glob("*checkpoint*")) == []
+
+
+def dead_encoder(model):
+    """Every image to zero, and every embedding with it."""
+    model.encoder.conv1.weight.zero_()
+
+
+def constant_head(model):
+    """Every image to the same embedding."""
+    model.head[-1].weight.zero_()
+    model.head[-1].bias.normal_()
+
+
+@pytest.mark.parametrize("change", [dead_encoder, constant_head])
+def test_collapsed_representation_stops_the_run(change, monkeypatch, tmp_path):
+    change_model(monkeypatch, change)
+    with pytest.raises(ValueError, match=r"step 7: .* the representation has collapsed"):
+        pretrain.train(settings(tmp_path, optimizer="sgd", learning_rate=1e-30, warmup_epochs=0))
+
+
+def test_likeness_is_the_mean_cosine_over_pairs():
+    z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+    pairs = [torch.cosine_similarity(z[i], z[j], dim=0) for i in range(7) for j in range(7) if i != j]
+    assert pretrain.likeness(z) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-12)
+    assert pretrain.likeness(torch.zeros(4, 5)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(batch_size=1), "batch_size: found 1 on 1 processes, expected at least 2"),
+        (dict(batch_size=2000), "batch_size: found 2000 with 797 images"),
+        (dict(data="no-such-set"), "found no set named 'no-such-set'"),
+        (dict(knn_data="no-such-set"), "found no set named 'no-such-set'"),
+    ],
+)
+def test_refused_before_training(changed, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain.train(settings(tmp_path, **changed))
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_labels_are_asked_for(monkeypatch, tmp_path):
+    digits = data.load("digits-train")
+    monkeypatch.setattr(data, "load", lambda name: replace(digits, labels=None))
+    with pytest.raises(ValueError, match="expected some for the supervised objective"):
+        pretrain.train(settings(tmp_path, objective="supervised"))
+    with pytest.raises(ValueError, match="expected labels for the kNN evaluation"):
+        pretrain.train(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(objective="x"), dict(optimizer="x"), dict(reduction="x"), dict(dtype="x"), dict(epochs=0), dict(crop_scale=[0.5, 0.2])],
+)
+def test_impossible_settings(wrong):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: found"):
+        Settings(**wrong)
+
+
+# --- what is learned -----------------------------------------------------------------------------------------------------
+
+
+def test_supervised_run_writes_a_classifier(tmp_path):
+    """Only labels 2, 5 and 7, in this order: the head counts them from 0, and knows the digits it was trained on."""
+    run = settings(
+        tmp_path, objective="supervised", classes=[5, 2, 7], width=8, batch_size=64, epochs=20, optimizer="adamw",
+        learning_rate=0.01, weight_decay=0.01, crop_scale=[0.6, 1.0], flip=0.0, knn_every=0, checkpoint_every=20,
+    )  # fmt: skip
+    assert pretrain.train(run) == 0
+    images = data.load("digits-train").of_classes([5, 2, 7])
+    classifier = encoders.load_classifier(tmp_path / "encoder.safetensors")
+    with torch.no_grad():
+        predicted = classifier(images.images / 255).argmax(dim=1)
+    assert torch.tensor([5, 2, 7])[predicted].eq(images.labels).float().mean() > 0.9
+
+
+def test_contrastive_run_learns(tmp_path):
+    """Below log(2 * 128 - 1), the loss of embeddings that know nothing, and neighbours of a kind; the head is not kept."""
+    changed = dict(width=8, optimizer="adamw", learning_rate=0.01, weight_decay=0.01, tau=0.2, flip=0.0, crop_scale=[0.6, 1.0])
+    assert pretrain.train(settings(tmp_path, **changed)) == 0
+    lines = log_of(tmp_path)
+    assert sum([line["loss"] for line in lines if "loss" in line][-6:]) / 6 < math.log(255) - 1
+    evaluations = [line for line in lines if "knn_accuracy" in line]
+    assert [(line["step"], line["epoch"]) for line in evaluations] == [(12, 2), (24, 4), (36, 6)]
+    assert evaluations[-1]["knn_accuracy"] > 0.5  # chance: 0.1
+    with pytest.raises(ValueError, match="without a classifier's head"):
+        encoders.load_classifier(tmp_path / "encoder.safetensors")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_logged_loss_is_per_anchor_whatever_the_reduction(symmetric, tmp_path):
+    first = []
+    for reduction in ("sum", "mean"):
+        assert pretrain.train(settings(tmp_path / reduction, reduction=reduction, symmetric=symmetric, max_steps=1)) == 0
+        first.append(log_of(tmp_path / reduction)[0]["loss"])
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_and_channels_last(dtype, tmp_path):
+    """Near the float32 loss at the first step, and weights that stay float32."""
+    losses = {}
+    for name, changed in {"full": {}, "half": dict(dtype=dtype, channels_last=True)}.items():
+        assert pretrain.train(settings(tmp_path / name, max_steps=2, **changed)) == 0
+        losses[name] = log_of(tmp_path / name)[0]["loss"]
+    assert losses["half"] == pytest.approx(losses["full"], rel=0.02) and losses["half"] != losses["full"]
+    model = last_checkpoint(tmp_path / "half")["model"]
+    assert {value.dtype for value in model.values() if value.is_floating_point()} == {torch.float32}
+
+
+# --- parameters and the command line -------------------------------------------------------------------------------------
+
+
+def test_settings_from_a_profiles_parameters():
+    given = TINY | dict(profile="tiny", supervised_epochs=3, supervised_crop_scale=[0.7, 1], learning_rate=1)
+    contrastive, supervised = (pretrain.settings_from(given, name) for name in ("contrastive", "supervised"))
+    assert (contrastive.epochs, supervised.epochs) == (6, 3)
+    assert supervised.crop_scale == [0.7, 1.0] and type(supervised.learning_rate) is float
+    root = Path(pretrain.__file__).parents[1]
+    assert Path(contrastive.output) == root / "outputs" / "tiny" / "pretraining" / "contrastive"
+    assert (contrastive.objective, supervised.objective) == ("contrastive", "supervised")
+    elsewhere = pretrain.settings_from(given | dict(output="/tmp/elsewhere"), "supervised")
+    assert Path(elsewhere.output) == Path("/tmp/elsewhere/pretraining/supervised")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(learning_rat=0.1), "learning_rat: unknown parameter, did you mean learning_rate"),
+        (dict(supervised_epoch=1), "supervised_epoch: unknown parameter, did you mean supervised_epochs"),
+        (dict(objective="supervised"), "objective: unknown parameter"),
+        (dict(weight_decay="1e-3"), "weight_decay: found the string '1e-3', expected"),
+        (dict(supervised_epochs=2.5), "supervised_epochs: found the number 2.5, expected"),
+        (dict(symmetric=1), "symmetric: found the whole number 1, expected"),
+        (dict(tau=0.1, optimizer="x"), "optimizer: found 'x', expected one of"),
+    ],
+)
+def test_settings_from_refuses(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain.settings_from(wrong)
+
+
+def test_command_line_with_stale_distributed_variables(uninterrupted, tmp_path):
+    file = tmp_path / "parameters.yaml"
+    file.write_text(yaml.safe_dump(TINY | dict(output=str(tmp_path))))
+    command = [sys.executable, "-m", "cadetlib.pretrain", "--params", str(file)]
+    subprocess.run(command, env=os.environ | STALE, check=True, timeout=120)
+    assert_same_run(tmp_path / "pretraining" / "contrastive", uninterrupted)

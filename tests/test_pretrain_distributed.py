@@ -1,0 +1,166 @@
+"""One run on 1, 2 and 4 processes (gloo), and the launch of processes that must not outlive who launched them."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+
+import psutil
+import pytest
+import torch
+import yaml
+from test_pretrain import STALE, TINY, last_checkpoint, run_and_exit, settings, steps_logged, wait_for_step
+
+from cadetlib import pretrain
+
+# Every reduction over the batch is summed in another order on another number of processes, which changes the last bits of
+# float32 (1e-7); twelve steps of this run grow that to at most 1e-5 of a weight of order 1. An update that is wrong by
+# a factor of the number of processes, or batch norm over a part of the batch, is four orders of magnitude beyond.
+WEIGHTS = dict(rtol=1e-3, atol=1e-4)
+CURVE = dict(rtol=1e-4, atol=1e-4)
+# Plain gradient steps, whose size is that of the gradient: LARS and AdamW would hide a wrong factor.
+SGD = dict(optimizer="sgd", max_steps=12, knn_every=0, weight_decay=0.0, momentum=0.5)
+RATES = dict(sum=0.05 / TINY["batch_size"], mean=0.05)
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["cadetlib.pretrain", "timm.optim", "sklearn.datasets", "pytest"])
+
+
+def losses(folder):
+    return torch.tensor([line["loss"] for line in pretrain.read_log(folder / "log.jsonl") if "loss" in line])
+
+
+def assert_near(found, expected):
+    """The same loss curve, and the same weights and statistics, within the tolerance of float32."""
+    torch.testing.assert_close(losses(found), losses(expected), **CURVE)
+    found, expected = last_checkpoint(found), last_checkpoint(expected)
+    assert found["step"] == expected["step"]
+    torch.testing.assert_close(found["model"], expected["model"], **WEIGHTS)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_processes(folder, world, **changed):
+    """`world` processes with the variables that torchrun would give them; returns them and the folder of the run."""
+    file = folder / "parameters.yaml"
+    file.write_text(yaml.safe_dump(TINY | dict(output=str(folder)) | changed))
+    common = dict(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world))
+    started = []
+    for rank in range(world):
+        variables = common | dict(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        started.append(_forks.Process(target=run_and_exit, args=(file, variables)))
+        started[-1].start()
+    return started, folder / "pretraining" / "contrastive"
+
+
+def exit_codes(started):
+    for process in started:
+        process.join(60)
+    return [process.exitcode for process in started]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, Eq. 1 as a sum."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert pretrain.train(settings(folder, **SGD, learning_rate=RATES["sum"])) == 0
+    return folder
+
+
+def test_mean_and_sum_are_one_run_at_matching_rates(alone, tmp_path):
+    assert pretrain.train(settings(tmp_path, **SGD, reduction="mean", learning_rate=RATES["mean"])) == 0
+    assert_near(tmp_path, alone)
+
+
+@pytest.mark.parametrize(("world", "reduction"), [(2, "sum"), (2, "mean"), (4, "sum"), (4, "mean")])
+def test_any_number_of_processes_is_one_run(world, reduction, alone, tmp_path):
+    changed = SGD | dict(reduction=reduction, learning_rate=RATES[reduction])
+    started, folder = start_processes(tmp_path, world, **changed)
+    assert exit_codes(started) == [0] * world
+    assert_near(folder, alone)
+
+
+def test_one_process_asked_to_stop_stops_all(alone, tmp_path):
+    """All save at one step and leave with 75; then a different number of processes goes on."""
+    started, folder = start_processes(tmp_path, 2, **SGD | dict(learning_rate=RATES["sum"]))
+    wait_for_step(folder, 4, started[0])
+    os.kill(started[1].pid, signal.SIGTERM)
+    assert exit_codes(started) == [75, 75]
+    step = last_checkpoint(folder)["step"]
+    assert 4 <= step < 12 and steps_logged(folder) == list(range(1, step + 1))
+    started, folder = start_processes(tmp_path, 4, **SGD | dict(learning_rate=RATES["sum"]))
+    assert exit_codes(started) == [0] * 4
+    assert_near(folder, alone)
+
+
+def test_batch_is_divided_evenly(tmp_path):
+    started, folder = start_processes(tmp_path, 3)
+    assert exit_codes(started) == [1] * 3
+    assert not list(folder.glob("*"))
+
+
+# --- launch --------------------------------------------------------------------------------------------------------------
+
+
+class InterruptedAt(io.StringIO):
+    """Standard output of someone who presses Ctrl-C at the sight of some text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def write(self, line):
+        if self.text in line:
+            self.text = "\0"
+            raise KeyboardInterrupt
+        return super().write(line)
+
+
+def descendants(pid=None):
+    """Processes of a pid that train, or start those that do."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if "cadetlib.pretrain" in " ".join(p.cmdline())]
+
+
+def launch_and_exit(given, variables):
+    os.environ.update(variables)
+    pretrain.launch(given)
+    sys.exit(0)
+
+
+def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
+    """torchrun with two processes: interrupted, then left by a killed parent, then run to the end among stale variables."""
+    for name, value in STALE.items():
+        monkeypatch.setenv(name, value)
+    given = TINY | SGD | dict(learning_rate=RATES["sum"], output=str(tmp_path), processes=2)
+    folder = tmp_path / "pretraining" / "contrastive"
+
+    with contextlib.redirect_stdout(InterruptedAt("step 2 ")) as printed, pytest.raises(KeyboardInterrupt):
+        pretrain.launch(given)
+    assert descendants() == []
+    assert "asked to stop: saved at step" in printed.getvalue()
+    step = last_checkpoint(folder)["step"]
+    assert 2 <= step < 12
+
+    parent = _forks.Process(target=launch_and_exit, args=(given, STALE))
+    parent.start()
+    wait_for_step(folder, step + 1, parent)
+    left = descendants(parent.pid)
+    assert len(left) == 3  # torchrun and its two
+    parent.kill()
+    _, alive = psutil.wait_procs(left, timeout=40)
+    assert alive == []
+
+    assert pretrain.launch(given) == folder
+    assert_near(folder, alone)
+
+
+def test_launch_says_what_went_wrong(tmp_path):
+    with pytest.raises(RuntimeError, match=r"exit code 1; its last lines:\n(.*\n)*.*batch_size: found 1000 with 797 images"):
+        pretrain.launch(TINY | dict(batch_size=1000, output=str(tmp_path)))
