@@ -38,6 +38,12 @@ def checkout() -> Path:
     return Path(os.environ.get("CADET_ROOT") or Path(__file__).resolve().parents[1]).resolve()
 
 
+def interpreter() -> str:
+    """This Python, as one calls it in the checkout: .venv/bin/python, or the whole path of another environment's."""
+    path = Path(sys.executable)
+    return shlex.quote(str(path.relative_to(checkout()) if path.is_relative_to(checkout()) else path))
+
+
 def output_folder(profile: str, output: str = "") -> Path:
     """Where a profile's results go: `output` (a relative one counts from the checkout), else outputs/<profile>."""
     return checkout() / (Path(output).expanduser() if output else Path("outputs", profile))
@@ -347,13 +353,13 @@ def _how_to_make(run: Run, name: str) -> str:
     profile, root = run.parameters["profile"], checkout()
     output = run.parameters["output"] and shlex.quote(str(run.folder))
     executed = shlex.quote(str((run.folder / f"{name}.ipynb").relative_to(root) if not output else run.folder / f"{name}.ipynb"))
-    papermill = f"papermill notebooks/{name}.ipynb {executed} -f params/{profile}/{name}.yaml"
+    papermill = f"{interpreter()} -m papermill notebooks/{name}.ipynb {executed} -f params/{profile}/{name}.yaml"
     return (
         f"{run.name} needs the results of {name}, and found no {run.folder / name}.json. Run that notebook first; in {root}:\n"
-        f"    python -m cadetlib.reproduce {profile} --only {name.split('_')[0]}"
+        f"    {interpreter()} -m cadetlib.reproduce {profile} --only {name.split('_')[0]}"
         + (f" --output {output}" if output else "")
         + "\n"
-        f"or {papermill}" + (f" -r output {output}" if output else "")
+        f"or, that one alone:\n    {papermill}" + (f" -r output {output}" if output else "")
     )
 
 

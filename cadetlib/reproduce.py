@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from cadetlib import parameters, record
+from cadetlib import parameters, processes, record
 
 PACKAGE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -41,7 +41,6 @@ QUIET = {"PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTE
 NOISE = re.compile(
     r"(Executing|Ending) Cell \d+-+$|(In|Out)put Notebook: |Executing notebook with|\[IPKernelApp\] WARNING .* over TCP"
 )
-DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def notebooks_of(profile: str, root: Path | None = None) -> list[Notebook]:
     profiles = sorted(p.name for p in (root / "params").glob("*") if p.is_dir())
     if profile not in profiles:
         raise ValueError(f"profile: found {profile!r}, expected one of {', '.join(profiles) or f'the folders of {root}/params'}")
-    paths = sorted((root / "notebooks").glob("*.ipynb"))
+    paths = sorted(p for p in (root / "notebooks").glob("*.ipynb") if re.fullmatch(r"\d\d_\w+", p.stem))  # no Untitled, no -Copy1
     if not paths:
         raise ValueError(f"{root}/notebooks: found no notebooks, expected NN_name.ipynb")
     names = [path.stem for path in paths]
@@ -321,12 +320,25 @@ def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
     paths = [notebook.path, executed, notebook.parameter_file]
     source, target, file = (str(p.relative_to(job.root) if p.is_relative_to(job.root) else p) for p in paths)
     options = ["-f", file, *(["-r", "output", job.output] if job.output else [])]
-    return [sys.executable, "-m", "papermill", source, target, *options, "-k", "python3", "--log-output", "--no-progress-bar"]
+    return [
+        sys.executable,
+        "-m",
+        "papermill",
+        source,
+        target,
+        *options,
+        "-k",
+        "python3",
+        "--start-timeout",
+        "300",
+        "--log-output",
+        "--no-progress-bar",
+    ]
 
 
 def _environment(root: Path, run_id: str, slot: str | None, n_slots: int) -> dict[str, str]:
     """The child's environment: this package and data root, no network, no stale distributed variables, its GPU."""
-    kept = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED and not k.startswith("TORCHELASTIC_")}
+    kept = processes.without_distributed(os.environ)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), kept.get("PYTHONPATH")]))
     environment = OFFLINE | kept | QUIET | {"CADET_ROOT": str(root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
     if kept.get("CADET_DATA"):
@@ -394,13 +406,11 @@ def supervise(parent: int, command: Sequence[str]) -> int:
     over the orphans of all of them (Linux: subreaper) can end them all.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if sys.platform == "linux":
-        set_child_subreaper, set_parent_death_signal = 36, 1  # of prctl(2)
-        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
     try:
-        if os.getppid() != parent:
-            return 1  # it ended before the signal was asked for
+        if sys.platform == "linux":
+            set_child_subreaper = 36  # of prctl(2)
+            ctypes.CDLL(None).prctl(set_child_subreaper, 1)
+        processes.die_with_parent(parent)
         code = subprocess.call(command)
         return code if code >= 0 else 128 - code
     finally:
@@ -516,10 +526,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _to_continue(chosen: argparse.Namespace) -> str:
     """The command that goes on from here; what --force was to redo and has been redone is not redone once more."""
-    options = [
-        part for name in ("only", "gpus", "output") if getattr(chosen, name) for part in (f"--{name}", getattr(chosen, name))
-    ]
-    return shlex.join(["python", "-m", "cadetlib.reproduce", chosen.profile, *options])
+    given = {"--only": chosen.only, "--gpus": chosen.gpus, "--output": chosen.output and str(Path(chosen.output).absolute())}
+    options = [part for name, value in given.items() if value for part in (name, value)]
+    return f"{record.interpreter()} -m cadetlib.reproduce {shlex.join([chosen.profile, *options])}"
 
 
 def reproduce(chosen: argparse.Namespace) -> int:
@@ -546,7 +555,7 @@ def reproduce(chosen: argparse.Namespace) -> int:
                 say(f"\n{outcome.failure}")
         if all(is_done(folder, n.name) for n in selected):
             return 0
-    say(f"\nto go on from here: {_to_continue(chosen)}")
+    say(f"\nto go on from here, in {record.checkout()}: {_to_continue(chosen)}")
     return 1
 
 
@@ -560,7 +569,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr, flush=True)
         return 2
     except SystemExit:
-        say(f"\nended with all it started; to go on from here: {_to_continue(chosen)}")
+        say(f"\nended with all it started; to go on from here, in {record.checkout()}: {_to_continue(chosen)}")
         raise
 
 

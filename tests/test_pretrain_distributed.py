@@ -15,15 +15,16 @@ import yaml
 from test_pretrain import STALE, TINY, last_checkpoint, run_and_exit, settings, steps_logged, wait_for_step
 
 from cadetlib import pretrain
+from cadetlib.pretrain import Settings
 
-# Every reduction over the batch is summed in another order on another number of processes, which changes the last bits of
-# float32 (1e-7); twelve steps of this run grow that to at most 1e-5 of a weight of order 1. An update that is wrong by
-# a factor of the number of processes, or batch norm over a part of the batch, is four orders of magnitude beyond.
-WEIGHTS = dict(rtol=1e-3, atol=1e-4)
-CURVE = dict(rtol=1e-4, atol=1e-4)
-# Plain gradient steps, whose size is that of the gradient: LARS and AdamW would hide a wrong factor.
-SGD = dict(optimizer="sgd", max_steps=12, knn_every=0, weight_decay=0.0, momentum=0.5)
-RATES = dict(sum=0.05 / TINY["batch_size"], mean=0.05)
+# Plain gradient steps, as large as the gradient is (LARS and AdamW would hide a wrong factor), and small enough for float32:
+# on another number of processes sums over the batch are taken in another order, which changes their last bits (1e-7).
+# That alone changes loss and weights by about 1e-6 here. Where a ReLU's input lies that near to zero it lets a gradient
+# through or not, which was seen to make 1e-4 of it; hence the tolerances. A step that is wrong by a factor of the number
+# of processes, and batch norm over a part of the batch, change the loss by more than 1e-2 and the weights by half their way.
+CURVE, WAY, STATISTICS = 1e-3, 1e-2, dict(rtol=1e-2, atol=1e-3)
+SGD = dict(optimizer="sgd", momentum=0.5, weight_decay=0.0, tau=0.5, max_steps=12, knn_every=0)
+RATES = dict(sum=0.005 / TINY["batch_size"], mean=0.005)
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["cadetlib.pretrain", "timm.optim", "sklearn.datasets", "pytest"])
@@ -34,11 +35,19 @@ def losses(folder):
 
 
 def assert_near(found, expected):
-    """The same loss curve, and the same weights and statistics, within the tolerance of float32."""
-    torch.testing.assert_close(losses(found), losses(expected), **CURVE)
+    """The same loss curve, the same way of the weights from where they began, and the same statistics of batch norm."""
+    torch.testing.assert_close(losses(found), losses(expected), rtol=0, atol=CURVE)
     found, expected = last_checkpoint(found), last_checkpoint(expected)
     assert found["step"] == expected["step"]
-    torch.testing.assert_close(found["model"], expected["model"], **WEIGHTS)
+    model = pretrain.make_model(Settings(**expected["settings"]), 10)
+    begun, a, b = (
+        torch.cat([state[name].flatten() for name, _ in model.named_parameters()])
+        for state in (model.state_dict(), found["model"], expected["model"])
+    )
+    assert (a - b).norm() < WAY * (b - begun).norm()
+    for name, _ in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(found["model"][name], expected["model"][name], **STATISTICS)
 
 
 def free_port():
@@ -125,7 +134,7 @@ class InterruptedAt(io.StringIO):
 
 def descendants(pid=None):
     """Processes of a pid that train, or start those that do."""
-    return [p for p in psutil.Process(pid).children(recursive=True) if "cadetlib.pretrain" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process(pid).children(recursive=True) if "--params" in p.cmdline()]
 
 
 def launch_and_exit(given, variables):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,13 +127,18 @@ def test_a_failed_write_leaves_what_was_there(run, monkeypatch):
     assert [p.name for p in run.folder.iterdir()] == ["01_a.json"]
 
 
-def test_need_reads_results_of_this_profile_or_says_what_to_run(run, write_notebook, checkout):
+def test_need_reads_results_of_this_profile_or_says_what_to_run(run, write_notebook, checkout, monkeypatch):
     write_notebook("02_b")
     later = record.start("02_b", {"profile": "tiny", "output": ""})
     with pytest.raises(FileNotFoundError) as error:
         later.need("01_a")
-    assert "python -m cadetlib.reproduce tiny --only 01\n" in str(error.value)
-    assert "papermill notebooks/01_a.ipynb outputs/tiny/01_a.ipynb -f params/tiny/01_a.yaml" in str(error.value)
+    assert f"{sys.executable} -m cadetlib.reproduce tiny --only 01\n" in str(error.value)
+    assert f"{sys.executable} -m papermill notebooks/01_a.ipynb outputs/tiny/01_a.ipynb -f params/tiny/01_a.yaml" in str(
+        error.value
+    )
+    monkeypatch.setattr(sys, "executable", str(checkout / ".venv/bin/python"))
+    with pytest.raises(FileNotFoundError, match=r"\n    .venv/bin/python -m cadetlib.reproduce tiny --only 01\n"):
+        later.need("01_a")
     run.save(x=0.5)
     assert later.need("01_a") == {"x": 0.5}
     assert later.provenance()["needed"] == {"01_a": hashlib.sha256(b'{"x":0.5}').hexdigest()}

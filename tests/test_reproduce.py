@@ -55,7 +55,8 @@ def test_what_does_not_fit_is_refused_before_anything_starts(checkout, write_not
     write_notebook("02_c", "run.need(name)")
     write_notebook("03_d", yaml="profile: digits\n")
     write_notebook("04_e", yaml="output: elsewhere\n")
-    (write_notebook("05_f").parent / "06_g.ipynb").write_text("{}")
+    for name in ("06_g", "06_g-Copy1", "Untitled"):
+        (write_notebook("05_f").parent / f"{name}.ipynb").write_text("{}")
     (checkout / "params/tiny/05_f.yaml").rename(checkout / "params/tiny/07_h.yaml")
     assert reproduce.main(["tiny"]) == 2
     problems = capsys.readouterr().err
@@ -71,6 +72,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(checkout, write_not
         "06_g.yaml: found no such file",
     ):
         assert expected in problems
+    assert "Copy1" not in problems and "Untitled" not in problems
     assert reproduce.main(["tyni"]) == 2
     assert "profile: found 'tyni', expected one of tiny" in capsys.readouterr().err
     assert not (checkout / "outputs").exists()
@@ -123,7 +125,7 @@ def test_what_changed_is_redone_and_nothing_else(checkout, write_notebook, capsy
     assert "[1/3] 00_a\n    parity of 1\n" in output
     assert str(checkout) not in json.dumps(json.loads((checkout / "outputs/tiny/00_a.ipynb").read_text())["metadata"])
     assert "parity of 1" in (checkout / "outputs/tiny/logs/00_a.log").read_text()
-    assert output.rstrip().endswith("to go on from here: python -m cadetlib.reproduce tiny")
+    assert output.rstrip().endswith(f"to go on from here, in {checkout}: {sys.executable} -m cadetlib.reproduce tiny")
     assert "RuntimeError: odd" in output.split("02_c failed: papermill ended with exit code 1")[1]
 
     edit(c, "if parity", "if not parity")
@@ -148,7 +150,7 @@ def test_what_changed_is_redone_and_nothing_else(checkout, write_notebook, capsy
     code, output, remade = call("--only", "02")
     assert (code, remade, "RuntimeError: odd" in output) == (1, [], True)
     assert re.findall("note: the results of (.*) were made", output) == ["00_a"]
-    assert "to go on from here: python -m cadetlib.reproduce tiny --only 02" in output
+    assert "-m cadetlib.reproduce tiny --only 02\n" in output
     assert call("--only", "00")[::2] == (0, ["00_a"])
     assert call("--only", "00")[::2] == (0, [])
     assert call("--only", "00", "--force")[::2] == (0, ["00_a"])
@@ -257,14 +259,15 @@ def wait_for(condition, seconds=60):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the end of a parent is a signal on Linux alone")
 def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_notebook, capsys, fixed_library):
-    fixed = "import sys; from cadetlib import reproduce; reproduce.library_digest = lambda: 'library'; sys.exit(reproduce.main(['tiny']))"
+    fixed = "import sys; from cadetlib import reproduce; reproduce.library_digest = lambda: 'library'"
+    command = [sys.executable, "-c", f"{fixed}; sys.exit(reproduce.main(['tiny']))"]
     folder = checkout / "outputs/tiny"
     write_notebook("00_a", "run.save(x=1)")
     write_notebook("01_b", "run.need('00_a')", SLOW)
     for number in (signal.SIGKILL, signal.SIGTERM):
         pids = folder / "pids"
         pids.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", fixed], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for(lambda pids=pids: pids.exists() and pids.read_text().endswith(" "))
         kernel_papermill_child = [int(pid) for pid in pids.read_text().split()]
         assert all(map(alive, kernel_papermill_child))
