@@ -299,3 +299,18 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", dpi=110)
     return buffer.getvalue()
+
+
+def speed(rows: Sequence[Row]) -> Figure:
+    """How many times as fast as what it is compared with; rows with `what`, `against`, `ours` and `other` in seconds."""
+    ratios = [row["other"] / row["ours"] for row in rows]
+    with _figure(1, 8.6, 0.8 + 0.62 * len(rows)) as (figure, (axes,)):
+        bars = axes.barh(range(len(rows)), ratios, color=COLOURS[0], height=0.45, left=0)
+        axes.bar_label(bars, labels=[f"{ratio:.3g}×" for ratio in ratios], padding=3)
+        axes.axvline(1, color=GREY, lw=1, ls="--")
+        names = [f"{row['what']}\nagainst {row['against']}" for row in rows]
+        axes.set(yticks=range(len(rows)), xscale="log", xlabel="speed, as a multiple of what it is compared with")
+        axes.set_yticklabels(names, fontsize=8)
+        axes.set_xlim(min(0.5, *ratios), 3 * max(ratios))
+        axes.invert_yaxis()
+        return figure

@@ -583,9 +583,12 @@ def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     number = int(given.get("processes", 1))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m"] if number > 1 else []
     command = [sys.executable, "-m", *torchrun, "cadetlib.pretrain", "--params", str(file), "--objective", objective]
+    environment = processes.without_distributed(os.environ)
+    if number > 1:  # or torchrun says one thread each
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
     with subprocess.Popen(
         command,
-        env=processes.without_distributed(os.environ),
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

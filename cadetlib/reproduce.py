@@ -153,9 +153,8 @@ def gpu_slots(gpus: str | None) -> list[str | None]:
         raise ValueError(f"--gpus: found {gpus!r}, expected different whole numbers separated by commas, such as 0,1")
     devices = visible_gpus()
     if any(int(i) >= len(devices) for i in gpus.split(",")):
-        raise ValueError(
-            f"--gpus: found {gpus!r}, expected numbers below {len(devices)}, the number of GPUs that torch sees here"
-        )
+        expected = f"numbers below {len(devices)}" if devices else "no --gpus"
+        raise ValueError(f"--gpus: found {gpus!r} where torch sees {len(devices)} GPUs, expected {expected}")
     return [devices[int(i)] for i in gpus.split(",")]
 
 
@@ -319,21 +318,9 @@ def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
     """The command; paths below the checkout are relative to it, since papermill writes them into the executed notebook."""
     paths = [notebook.path, executed, notebook.parameter_file]
     source, target, file = (str(p.relative_to(job.root) if p.is_relative_to(job.root) else p) for p in paths)
-    options = ["-f", file, *(["-r", "output", job.output] if job.output else [])]
-    return [
-        sys.executable,
-        "-m",
-        "papermill",
-        source,
-        target,
-        *options,
-        "-k",
-        "python3",
-        "--start-timeout",
-        "300",
-        "--log-output",
-        "--no-progress-bar",
-    ]
+    output = ["-r", "output", job.output] if job.output else []
+    options = "-k python3 --start-timeout 300 --log-output --no-progress-bar".split()
+    return [sys.executable, "-m", "papermill", source, target, "-f", file, *output, *options]
 
 
 def _environment(root: Path, run_id: str, slot: str | None, n_slots: int) -> dict[str, str]:
@@ -524,9 +511,14 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _absolute(output: str) -> str:
+    """A folder as given on the command line, from the working directory on; "" when none was given."""
+    return str(Path(output).expanduser().absolute()) if output else ""
+
+
 def _to_continue(chosen: argparse.Namespace) -> str:
     """The command that goes on from here; what --force was to redo and has been redone is not redone once more."""
-    given = {"--only": chosen.only, "--gpus": chosen.gpus, "--output": chosen.output and str(Path(chosen.output).absolute())}
+    given = {"--only": chosen.only, "--gpus": chosen.gpus, "--output": _absolute(chosen.output)}
     options = [part for name, value in given.items() if value for part in (name, value)]
     return f"{record.interpreter()} -m cadetlib.reproduce {shlex.join([chosen.profile, *options])}"
 
@@ -540,7 +532,7 @@ def reproduce(chosen: argparse.Namespace) -> int:
     missing = missing_data(selected)
     if missing:
         raise ValueError("\n".join(missing))
-    output = str(Path(chosen.output).expanduser().absolute()) if chosen.output else ""
+    output = _absolute(chosen.output)
     folder = record.output_folder(chosen.profile, output)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):

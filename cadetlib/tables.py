@@ -1,4 +1,4 @@
-"""The paper's tables from our rows, ours beside the paper's: data frames of text, for notebooks and for the report.
+"""The paper's tables from our rows, ours beside the paper's: data frames of text for notebooks, layouts for the report.
 
 The images differ from the paper's except in the imagenet profile, so a table says what stands where, and a verdict compares
 kinds of anomaly and not the same images.
@@ -7,7 +7,7 @@ kinds of anomaly and not the same images.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -62,16 +62,28 @@ def table_2(rows: Sequence[Row]) -> pd.DataFrame:
 def paper_value(detector: str, encoder: str, anomaly: str) -> tuple[float | None, str]:
     """The paper's AUROC (%) for the nearest kind of anomaly, and what it is of; None where the paper has no such cell.
 
-    Attacks are compared by name; every other set is one of unseen classes, beside the mean of the paper's two.
+    Attacks are compared by name, and so are the paper's two sets of unseen classes; any other set is one of unseen classes,
+    beside the mean of the paper's two.
     """
-    attack = PAPER_ATTACKS.get(anomaly)
-    table = paper.TABLE_4 if attack else paper.TABLE_3
+    names = counterparts(anomaly)
+    table = paper.TABLE_4 if anomaly in PAPER_ATTACKS else paper.TABLE_3
     found = [
         r["value"]
         for r in table.records()
-        if r["detector"] == detector and r["encoder"] == encoder and r["distribution"] in ((attack,) if attack else UNSEEN)
+        if r["detector"] == detector and r["encoder"] == encoder and r["distribution"] in names
     ]
-    return (sum(found) / len(found), attack or " and ".join(UNSEEN)) if found else (None, "")
+    return (sum(found) / len(found), " and ".join(names)) if found else (None, "")
+
+
+def counterparts(anomaly: str) -> tuple[str, ...]:
+    """The paper's sets nearest to one of ours.
+
+    >>> counterparts("CW-Linf"), counterparts("imagenet-o"), counterparts("digits-7-to-9")
+    (('CW',), ('ImageNet-O',), ('iNaturalist', 'ImageNet-O'))
+    """
+    if anomaly in PAPER_ATTACKS:
+        return (PAPER_ATTACKS[anomaly],)
+    return tuple(name for name in UNSEEN if name.lower() == anomaly.lower()) or UNSEEN
 
 
 def table_3_and_4(rows: Sequence[Row]) -> pd.DataFrame:
@@ -106,3 +118,139 @@ def verdict(row: Row, value: float | None) -> str:
     if row["low"] <= value / 100 <= row["high"]:
         return "agrees"
     return "above" if row["auroc"] > value / 100 else "below"
+
+
+# --- layouts: what the report's page sets -------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A number as text, its interval, and a word on it."""
+
+    text: str = "–"
+    interval: str = ""
+    note: str = ""
+
+
+class Line(NamedTuple):
+    """A row: its label, a word on it, and its cells, column by column."""
+
+    label: str
+    note: str
+    cells: list[Cell]
+
+
+class Layout(NamedTuple):
+    """A table to be set: groups of columns, each a heading and its columns' names, over lines."""
+
+    caption: str
+    corner: str  # what the labels are
+    groups: list[tuple[str, list[str]]]
+    lines: list[Line]
+
+
+Cells = Mapping[tuple[str, str], Cell]  # (label, column) -> cell
+
+
+def beside(caption: str, corner: str, groups: Mapping[str, Cells], order: Sequence[str] = ()) -> Layout:
+    """Groups of cells side by side, ours first; labels in the `order` given, then as they come. A gap says that it is one."""
+    known = dict.fromkeys(label for cells in groups.values() for label, _ in cells)
+    labels = [label for label in dict.fromkeys([*order, *known]) if label in known]
+    columns = {name: list(dict.fromkeys(column for _, column in cells)) for name, cells in groups.items()}
+    ours = {label for label, _ in next(iter(groups.values()))}
+    lines = [
+        Line(
+            label,
+            "" if label in ours else "not run here",
+            [cells.get((label, column), Cell()) for name, cells in groups.items() for column in columns[name]],
+        )
+        for label in labels
+    ]
+    return Layout(caption, corner, [(name, found) for name, found in columns.items() if found], lines)
+
+
+def _cell(text: str, note: str = "") -> Cell:
+    """ "94.3 [92.1, 96.0]" -> the number and its interval apart."""
+    number, _, interval = text.partition(" ")
+    return Cell(number, interval, note)
+
+
+def _system(name: str, encoder: str) -> str:
+    return name if encoder == "none" else f"{name}, {encoder}"
+
+
+def _labels(table: paper.Table) -> list[str]:
+    return [_system(r[table.row_keys[0]], r["encoder"]) for r in table.records()]
+
+
+def table_1_layouts(rows: Sequence[Row]) -> list[Layout]:
+    """Table 1, a layout for each shift, ours beside the paper's; "no shift", which the paper leaves out, stands alone."""
+    theirs = {
+        (_system(r["test"], r["encoder"]), f"n = {r['size']}"): Cell(f"{r['value']:.3f}")
+        for r in paper.TABLE_1.records()
+        if r["value"] is not None
+    }
+    layouts = []
+    for shift in dict.fromkeys(r["shift"] for r in rows):
+        ours = {(_system(r["test"], r["encoder"]), f"n = {r['n']}"): _cell(share(r)) for r in rows if r["shift"] == shift}
+        groups: dict[str, Cells] = {f"here: {shift}": ours}
+        if shift != "no shift":
+            groups["paper: CIFAR-10.1"] = theirs
+        layouts.append(beside(f"Rejection rate, {shift}", "test, encoder", groups, _labels(paper.TABLE_1)))
+    return layouts
+
+
+def table_2_layouts(rows: Sequence[Row]) -> list[Layout]:
+    """Table 2, a layout for each of our kinds of anomaly, beside the paper's nearest."""
+    layouts = []
+    for anomaly in dict.fromkeys(r["anomaly"] for r in rows):
+        ours = {(_system(r["test"], r["encoder"]), f"n = {r['n']}"): _cell(percent(r)) for r in rows if r["anomaly"] == anomaly}
+        groups: dict[str, Cells] = {f"here: {anomaly}": ours}
+        for name in dict.fromkeys(str(name) for name, _ in paper.TABLE_2.columns if name in counterparts(anomaly)):
+            theirs = [r for r in paper.TABLE_2.records() if r["distribution"] == name]
+            cells = {(_system(r["test"], r["encoder"]), f"n = {r['size']}"): Cell(f"{r['value']:.1f}") for r in theirs}
+            groups[f"paper: {name}"] = cells
+        layouts.append(beside(f"AUROC (%), {anomaly}", "test, encoder", groups, _labels(paper.TABLE_2)))
+    return layouts
+
+
+def detection_layout(rows: Sequence[Row], number: int) -> Layout:
+    """Table 3 (unseen classes) or 4 (attacks): AUROC (%) of ours, each with its verdict, beside the paper's table."""
+    table = paper.TABLES[number]
+    printed = [column[0] for column in table.columns]
+    own = [r for r in rows if (r["anomaly"] in PAPER_ATTACKS) == (number == 4)]
+    own.sort(key=lambda r: printed.index(counterparts(r["anomaly"])[0]))
+    ours = {
+        (_system(r["detector"], r["encoder"]), r["anomaly"]): _cell(
+            percent(r), verdict(r, paper_value(r["detector"], r["encoder"], r["anomaly"])[0])
+        )
+        for r in own
+    }
+    theirs = {
+        (_system(r["detector"], r["encoder"]), r["distribution"]): Cell(f"{r['value']:.2f}")
+        for r in table.records()
+        if r["value"] is not None
+    }
+    kind = "attacks" if number == 4 else "unseen classes"
+    return beside(f"AUROC (%), {kind}", "detector, encoder", {"here": ours, "paper: ImageNet": theirs}, _labels(table))
+
+
+def table_5_layout(columns: Mapping[str, Row]) -> Layout:
+    """Table 5, a line for each set: each of ours above the paper's nearest; set -> moments, as in `table_5`."""
+    forms = {"mean m_in": "{:.3f}", "mean m_out": "{:.3f}", "mean gamma_m_out": "{:.3f}"}
+    forms |= {"variance m_in": "{:.1e}", "variance m_out": "{:.1e}"}
+    theirs = {(f"{r['distribution']} (paper)", f"{r['moment']} {r['similarity']}"): r["value"] for r in paper.TABLE_5.records()}
+    ours = {(f"{name} (here)", form): row[form.replace(" ", "_")] for name, row in columns.items() for form in forms}
+    cells = {key: Cell(forms[key[1]].format(value)) for key, value in (ours | theirs).items() if value is not None}
+    order: list[str] = []
+    for names in (("ImageNet",), UNSEEN, ("PGD",), ("CW",), ("FGSM",)):
+        near = [name for name in columns if ("ImageNet",) == names and name == "in-distribution"]
+        near += [name for name in columns if name != "in-distribution" and set(counterparts(name)) <= set(names)]
+        order += [f"{name} (here)" for name in near] + [f"{name} (paper)" for name in names]
+    layout = beside("Mean and variance of the similarities", "images", {"": cells}, order)
+    return layout._replace(groups=[("", [form.replace("gamma_m", "γ m") for form in forms])])
+
+
+def sweep_layout(rows: Sequence[Row], column: str, heading: str) -> Layout:
+    """AUROC (%) of each anomaly over the values of one setting."""
+    cells = {(r["anomaly"], str(r[column])): _cell(percent(r)) for r in rows}
+    return beside(f"AUROC (%) by {heading}", "anomaly", {heading: cells})

@@ -209,8 +209,8 @@ def test_cw_linf_equals_a_numpy_loop():
             x = np.clip(np.clip(x, start - eps, start + eps), 0, 1)
         return x
 
-    attacked = flat(cw_linf(linear(weight), images, labels, eps=0.15, n_steps=12, margin=2.0))
-    expected = np.stack([reference(x, 1 - int(y), 2.0, 0.15) for x, y in zip(flat(images), labels, strict=True)])
+    attacked = flat(cw_linf(linear(weight), images, labels, eps=0.15, n_steps=12, margin=6.0))
+    expected = np.stack([reference(x, 1 - int(y), 6.0, 0.15) for x, y in zip(flat(images), labels, strict=True)])
     np.testing.assert_allclose(attacked, expected, atol=1e-5)
 
 
@@ -295,7 +295,21 @@ def test_every_cw_misleads_the_victim_given_room(victim, test_digits):
     room = {"l2": dict(c=10.0, n_steps=100), "l2_ball": dict(eps=2.0, lr=0.2), "linf": dict(eps=0.3)}
     for variant, settings in room.items():
         assert accuracy(victim, cw(victim, images, labels, variant, **settings), labels) < 0.1
-    assert torch.equal(cw(victim, images[:4], labels[:4]), cw_l2(victim, images[:4], labels[:4], c=0.1, lr=0.03, n_steps=50))
+
+
+def test_defaults_are_the_settings_of_the_paper(victim, test_digits):
+    images, labels = (t[:16] for t in test_digits)
+    settings = {
+        "fgsm": dict(eps=0.05),
+        "pgd": dict(eps=0.02, step=0.002, n_steps=50, random_start=True, seed=0),
+        "cw_l2": dict(c=0.1, lr=0.03, n_steps=50, confidence=0.0),
+        "cw_l2_ball": dict(eps=0.1, lr=0.03, n_steps=50),
+        "cw_linf": dict(eps=0.1, lr=0.03, n_steps=50, margin=20.0, seed=0),
+    }
+    assert settings.keys() == ATTACKS.keys()
+    for name, explicit in settings.items():
+        assert torch.equal(ATTACKS[name](victim, images, labels), ATTACKS[name](victim, images, labels, **explicit))
+    assert torch.equal(cw(victim, images, labels), cw_l2(victim, images, labels))
 
 
 def test_accuracy_counts_hits(victim, test_digits):

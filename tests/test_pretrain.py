@@ -11,9 +11,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +40,21 @@ def settings(output, **changed):
 # --- helpers: runs in processes of their own, and what a run leaves behind -----------------------------------------------
 
 
-def run_and_exit(parameters, variables):
-    """What `python -m cadetlib.pretrain` does, in a process forked from one that has imported everything."""
+def run_and_exit(parameters, variables, signals):
+    """What `python -m cadetlib.pretrain` does, in a process forked from one that has imported everything.
+
+    signals: (number, step, delay) for a signal that this process gets `delay` seconds after it has logged `step`.
+    """
     os.environ.update(variables)
+    write = pretrain._Log.write
+
+    def write_and_signal(log, **values):
+        write(log, **values)
+        for number, step, delay in signals:
+            if values["step"] == step:
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+
+    pretrain._Log.write = write_and_signal
     sys.exit(pretrain.main(["--params", str(parameters)]))
 
 
@@ -51,32 +62,30 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["cadetlib.pretrain", "timm.optim", "sklearn.datasets", "pytest"])
 
 
-def start(folder, variables=None, **changed):
-    """Begin a run below `folder` in another process; it trains in `folder`/pretraining/contrastive."""
+def run(folder, *signals, variables=None, target=run_and_exit):
+    """Train below `folder` in another process; its exit code. It trains in run_folder(folder)."""
     file = folder / "parameters.yaml"
-    folder.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(TINY | dict(output=str(folder)) | changed))
-    process = _forks.Process(target=run_and_exit, args=(file, variables or {}))
+    file.write_text(yaml.safe_dump(TINY | dict(output=str(folder))))
+    process = _forks.Process(target=target, args=(file, variables or {}, signals))
     process.start()
-    return process, folder / "pretraining" / "contrastive"
+    return exit_codes([process])[0]
 
 
-def finish(process, timeout=60):
-    process.join(timeout)
-    assert process.exitcode is not None, "the run did not end"
-    return process.exitcode
+def run_folder(folder):
+    return folder / "pretraining" / "contrastive"
+
+
+def exit_codes(processes):
+    for process in processes:
+        process.join(100)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # None above: it hangs
+    return codes
 
 
 def steps_logged(folder):
     return [line["step"] for line in pretrain.read_log(folder / "log.jsonl") if "loss" in line]
-
-
-def wait_for_step(folder, step, process, timeout=60):
-    """Until the log holds `step`, or the run has ended."""
-    deadline = time.monotonic() + timeout
-    while process.is_alive() and max(steps_logged(folder), default=0) < step:
-        assert time.monotonic() < deadline, f"no step {step} in {timeout} s"
-        time.sleep(0.002)
 
 
 def last_checkpoint(folder):
@@ -191,61 +200,66 @@ def test_weight_decay_spares_biases_and_batch_norm(optimizer):
 
 
 def test_killed_at_random_points(uninterrupted, tmp_path):
-    """kill -9, again and again, before the first checkpoint and after; the log must neither repeat nor lose a step."""
-    chance, kills, code = random.Random(5), 0, None
-    while code != 0:
-        process, folder = start(tmp_path)
-        if kills < 5:
-            before = max(steps_logged(folder), default=0)
-            wait_for_step(folder, min(before - before % 6 + chance.randint(1, 11), STEPS), process)
-            time.sleep(chance.uniform(0, 0.03))
-            process.kill()
-        code = finish(process)
-        assert code in (0, -signal.SIGKILL)
-        kills += code != 0
-    assert kills >= 3
+    """kill -9, before the first checkpoint and after; the log must neither repeat nor lose a step."""
+    chance, folder = random.Random(5), run_folder(tmp_path)
+    for first in (1, 4, 10, 16, 27):
+        step = first + chance.randrange(6)
+        assert run(tmp_path, (signal.SIGKILL, step, chance.uniform(0, 0.03))) == -signal.SIGKILL
+        assert step <= max(steps_logged(folder)) < STEPS
+    assert run(tmp_path) == 0
     assert_same_run(folder, uninterrupted)
 
 
-def run_and_die_in_save(parameters, fatal):
-    """Killed at the `fatal`-th checkpoint, when its bytes are written and its name is not."""
+def run_and_die_in_save(parameters, *_):
+    """Killed at the second checkpoint, when its bytes are written and its name is not."""
     fsync, calls = os.fsync, []
 
     def die(number):
         fsync(number)
         calls.append(number)
-        if len(calls) == fatal:
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = die
-    run_and_exit(parameters, {})
+    run_and_exit(parameters, {}, ())
 
 
 def test_killed_while_saving(uninterrupted, tmp_path):
-    process, folder = start(tmp_path)
-    process.kill()
-    finish(process)
-    process = _forks.Process(target=run_and_die_in_save, args=(tmp_path / "parameters.yaml", 2))
-    process.start()
-    assert finish(process) == -signal.SIGKILL
-    assert [p.name[:20] for p in folder.glob("checkpoint-*.pt")] == ["checkpoint-000000006"[:20]]
+    folder = run_folder(tmp_path)
+    assert run(tmp_path, target=run_and_die_in_save) == -signal.SIGKILL
+    assert [p.name.split("-")[1] for p in folder.glob("checkpoint-*.pt")] == ["000000006"]
     assert len(list(folder.glob(".checkpoint-*.part"))) == 1
-    process, folder = start(tmp_path)
-    assert finish(process) == 0
+    assert run(tmp_path) == 0
     assert_same_run(folder, uninterrupted)
     assert list(folder.glob(".*")) == [], "what the killed process had half written is still there"
 
 
+def run_and_die_in_log(parameters, *_):
+    """Killed at the start, when the log is half rewritten without the steps after the checkpoint."""
+
+    def write_half(path, text):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_text = write_half
+    run_and_exit(parameters, {}, ())
+
+
+def test_killed_while_going_back_in_the_log(uninterrupted, tmp_path):
+    folder = run_folder(tmp_path)
+    assert run(tmp_path, (signal.SIGKILL, 14, 0)) == -signal.SIGKILL
+    assert run(tmp_path, target=run_and_die_in_log) == -signal.SIGKILL
+    assert run(tmp_path) == 0
+    assert_same_run(folder, uninterrupted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_saves_and_leaves(number, uninterrupted, tmp_path):
-    process, folder = start(tmp_path)
-    wait_for_step(folder, 8, process)
-    os.kill(process.pid, number)
-    assert finish(process) == 75
+    folder = run_folder(tmp_path)
+    assert run(tmp_path, (number, 8, 0)) == 75
     step = last_checkpoint(folder)["step"]
     assert 8 <= step < STEPS and steps_logged(folder) == list(range(1, step + 1))
-    process, folder = start(tmp_path)
-    assert finish(process) == 0
+    assert run(tmp_path) == 0
     assert_same_run(folder, uninterrupted)
 
 
@@ -410,11 +424,11 @@ def test_impossible_settings(wrong):
 
 def test_supervised_run_writes_a_classifier(tmp_path):
     """Only labels 2, 5 and 7, in this order: the head counts them from 0, and knows the digits it was trained on."""
-    run = settings(
+    supervised = settings(
         tmp_path, objective="supervised", classes=[5, 2, 7], width=8, batch_size=64, epochs=20, optimizer="adamw",
         learning_rate=0.01, weight_decay=0.01, crop_scale=[0.6, 1.0], flip=0.0, knn_every=0, checkpoint_every=20,
     )  # fmt: skip
-    assert pretrain.train(run) == 0
+    assert pretrain.train(supervised) == 0
     images = data.load("digits-train").of_classes([5, 2, 7])
     classifier = encoders.load_classifier(tmp_path / "encoder.safetensors")
     with torch.no_grad():
@@ -488,9 +502,6 @@ def test_settings_from_refuses(wrong, message):
         pretrain.settings_from(wrong)
 
 
-def test_command_line_with_stale_distributed_variables(uninterrupted, tmp_path):
-    file = tmp_path / "parameters.yaml"
-    file.write_text(yaml.safe_dump(TINY | dict(output=str(tmp_path))))
-    command = [sys.executable, "-m", "cadetlib.pretrain", "--params", str(file)]
-    subprocess.run(command, env=os.environ | STALE, check=True, timeout=120)
-    assert_same_run(tmp_path / "pretraining" / "contrastive", uninterrupted)
+def test_stale_distributed_variables_count_for_nothing(uninterrupted, tmp_path):
+    assert run(tmp_path, variables=STALE) == 0
+    assert_same_run(run_folder(tmp_path), uninterrupted)

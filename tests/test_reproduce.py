@@ -90,7 +90,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(checkout, write_no
         ("--only", "1,zz"): "--only: found '1,zz', expected numbers or names out of 00_a, 01_b",
         ("--gpus", "0,"): "--gpus: found '0,', expected different whole numbers",
         ("--gpus", "1,1"): "--gpus: found '1,1'",
-        ("--gpus", "0,2"): "--gpus: found '0,2', expected numbers below 2",
+        ("--gpus", "0,2"): "--gpus: found '0,2' where torch sees 2 GPUs, expected numbers below 2",
     }.items():
         assert reproduce.main(["tiny", *arguments]) == 2
         assert expected in capsys.readouterr().err
@@ -271,11 +271,12 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_noteboo
         wait_for(lambda pids=pids: pids.exists() and pids.read_text().endswith(" "))
         kernel_papermill_child = [int(pid) for pid in pids.read_text().split()]
         assert all(map(alive, kernel_papermill_child))
-        assert reproduce.main(["tiny"]) == 2
-        assert f"found another reproduce at work here (process {process.pid})" in capsys.readouterr().err
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2
+        assert f"found another reproduce at work here (process {process.pid})" in second.stderr
         process.send_signal(number)
         assert process.wait(20) == (-9 if number == signal.SIGKILL else 128 + signal.SIGTERM)
-        wait_for(lambda pids=kernel_papermill_child: not any(map(alive, pids)), seconds=5)
+        wait_for(lambda pids=kernel_papermill_child: not any(map(alive, pids)), 5 if number == signal.SIGKILL else 0)
         assert sorted(p.name for p in folder.glob("*.json")) == ["00_a.json"]
 
     (folder / "go").touch()

@@ -78,3 +78,6 @@ def test_an_image_key_changes_with_every_pixel():
     assert len(keys.unique()) == 111
     assert torch.equal(rng.image_keys(variants.flip(0)), keys[:109].flip(0))  # of the image alone
     assert torch.equal(rng.image_keys(image[None] + 1e-7), keys[108:109])  # and not of its last bits
+    slight = image[None].clone()
+    slight[0, 0, 0, 0] += 1e-4  # an attack's floating-point images may differ by less than 8 bits show
+    assert not torch.equal(rng.image_keys(slight), keys[108:109])

@@ -1,0 +1,179 @@
+"""Speed, as ratios measured in one run on one machine: `make bench`.
+
+Each row compares the library with the least work that could do the job (the floor) or with what others do (peers). Both sides
+are timed in turn, several times, and the medians compared: a busy machine slows both. Peers are measured when installed;
+the pair loop of the paper is run on a part of its work and scaled up, which the table says.
+
+    python benchmarks/run.py [--out FOLDER]     prints a table, writes bench.json and bench.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadetlib import embed, encoders, mmd, plots, pretrain, record
+from cadetlib.cadet import CADet, view_similarities
+from cadetlib.views import TrainViews
+
+Row = dict[str, Any]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call, the device's queue included."""
+    began = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def medians(*works: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """Median seconds of each, measured in turn after one warm-up each."""
+    for work in works:
+        seconds(work)
+    rounds = [[seconds(work) for work in works] for _ in range(repeats)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def permutation_test(n: int = 2000, dim: int = 2048, n_perm: int = 500) -> list[Row]:
+    """(a) `mmd_test` against the two matrix products that it cannot do without, and beside other libraries."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, dim, generator=generator).to(DEVICE) for _ in range(2))
+    z, signs = torch.cat([x, y]), torch.randn(n_perm, 2 * n, generator=generator).to(DEVICE)
+    ours, floor = medians(lambda: mmd.mmd_test(x, y, n_perm), lambda: signs @ (z @ z.T))
+    what = f"MMD test, n = {n}, D = {dim}, {n_perm} permutations"
+    rows = [dict(what=what, against="its two matrix products", ours=ours, other=floor, wanted="at most 1.5 times as long")]
+    peers = {"hyppo": _hyppo, "torchdrift": _torchdrift}
+    for name, run in peers.items():
+        if importlib.util.find_spec(name):
+            rows.append(dict(what=what, against=name, ours=ours, other=seconds(lambda run=run: run(x.cpu(), y.cpu(), n_perm))))
+    return rows
+
+
+def _hyppo(x: torch.Tensor, y: torch.Tensor, n_perm: int) -> None:
+    from hyppo.ksample import MMD
+
+    MMD("cosine").test(x.numpy(), y.numpy(), reps=n_perm, auto=False)
+
+
+def _torchdrift(x: torch.Tensor, y: torch.Tensor, n_perm: int) -> None:
+    from torchdrift.detectors.mmd import kernel_mmd
+
+    kernel_mmd(x, y, n_perm=n_perm)
+
+
+def paper_similarities(z: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Eq. 5 for one image as printed, pair by pair: z (n_views, D), reference (n_images, n_views, D), unit embeddings."""
+    n = len(z)
+    m_in = sum(float(z[i] @ z[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    m_out = sum(float(a @ b) for image in reference for a in z for b in image) / (n * n * len(reference))
+    return m_in, m_out
+
+
+def similarities(n_views: int = 50, n_reference: int = 300, dim: int = 2048, n_images: int = 100, looped: int = 3) -> list[Row]:
+    """(b) `view_similarities` against the paper's loop over pairs; the loop sees `looped` reference images and is scaled up."""
+    z = torch.nn.functional.normalize(torch.randn(n_images, n_views, dim), dim=-1)
+    reference = torch.nn.functional.normalize(torch.randn(n_reference, n_views, dim), dim=-1)
+    mu = reference.mean(dim=(0, 1))
+    (ours,) = medians(lambda: view_similarities(z, mu))
+    inner = seconds(lambda: paper_similarities(z[0], reference[:0].new_zeros(1, 0, dim)))
+    loop = inner + (seconds(lambda: paper_similarities(z[0], reference[:looped])) - inner) * n_reference / looped
+    what = f"similarities of an image, {n_views} views, {n_reference} references, D = {dim}"
+    against = f"the paper's pair loop ({looped} references, scaled up)"
+    return [dict(what=what, against=against, ours=ours / n_images, other=loop, wanted="at least 1000 times faster")]
+
+
+def scoring(n_images: int = 40, n_views: int = 50) -> list[Row]:
+    """(c) CADet's scoring against the encoder's bare forward passes on as many images as there are views."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        encoder = encoders.ResNet("resnet18", width=32, stem="cifar", image_size=32).to(DEVICE).eval()
+        images = torch.rand(n_images, 3, 32, 32).to(DEVICE)
+        detector = CADet(encoder, n_views=n_views, dtype=dtype).fit(images[:4], images[4:12])
+        batch = torch.rand(detector.batch_size // n_views * n_views, 3, 32, 32).to(DEVICE)
+
+        def bare(encoder: Any = encoder, batch: Any = batch, dtype: str = dtype) -> None:
+            with embed.inference(encoder, dtype):
+                for start in range(0, n_images * n_views, len(batch)):
+                    encoder(batch[: n_images * n_views - start])
+
+        ours, floor = medians(lambda detector=detector, images=images: detector.score_samples(images), bare, repeats=3)
+        what = f"CADet scoring, thin ResNet-18 at 32 x 32, {n_views} views, {dtype}"
+        row = dict(what=what, against="bare forward passes", ours=ours, other=floor, wanted="at least 0.9 of their throughput")
+        rows.append(row | {"images_per_second": n_images / ours})
+    return rows
+
+
+def training(batch_size: int = 64) -> list[Row]:
+    """(d) a step of contrastive pretraining against forward, backward and step on random tensors of the same shape."""
+    settings = pretrain.Settings(
+        arch="resnet18", width=32, stem="cifar", image_size=32, head_hidden=512, head_dim=128, batch_size=batch_size,
+        optimizer="sgd", blur=0.0, jitter_strength=0.5, dtype="bfloat16", channels_last=True, tau=0.2,
+    )  # fmt: skip
+    model = pretrain.make_model(settings, 1).to(DEVICE).to(memory_format=torch.channels_last).train()
+    optimizer = pretrain.make_optimizer(model, settings)
+    views = TrainViews(32, (0.08, 1.0), 0.5, 0.8, 0.5, 0.2, 0.0)
+    images, noise = torch.rand(batch_size, 3, 32, 32).to(DEVICE), torch.rand(2 * batch_size, 3, 32, 32).to(DEVICE)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    numbers, labels = torch.arange(batch_size, device=DEVICE), torch.zeros(batch_size, dtype=torch.int64, device=DEVICE)
+
+    def update(loss: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def bare() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            z = model(noise)
+        update(z.float().square().mean())
+
+    def ours() -> None:
+        update(pretrain.training_loss(model, views, images, labels, numbers, 0, settings)[0])
+
+    took, floor = medians(ours, bare, repeats=7)
+    what = f"contrastive training step, thin ResNet-18 at 32 x 32, batch {batch_size}, bfloat16"
+    row = dict(
+        what=what, against="bare forward, backward, step", ours=took, other=floor, wanted="at least 0.85 of its throughput"
+    )
+    return [row | {"images_per_second": batch_size / took}]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text: milliseconds of ours and of the other, and how many times as fast ours is."""
+    lines = [f"{'ours':>10} {'other':>12} {'speed':>9}   what, against what (what is wanted)"]
+    for row in rows:
+        line = f"{1e3 * row['ours']:8.2f} ms {1e3 * row['other']:9.1f} ms {row['other'] / row['ours']:8.2f}x   {row['what']}"
+        lines.append(f"{line}, against {row['against']}" + (f" ({row['wanted']})" if "wanted" in row else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure everything, print the table, write the results and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=record.output_folder("bench"))
+    folder = parser.parse_args().out
+    rows = []
+    for measure in (permutation_test, similarities, scoring, training):
+        rows += measure()
+        print(".", end="", flush=True)
+    print("\n" + table(rows))
+    results = dict(
+        rows=rows, device=DEVICE.type, hardware=record.hardware(), versions=record.versions(), threads=torch.get_num_threads()
+    )
+    record.write_atomically(folder / "bench.json", json.dumps(results, indent=1))
+    record.write_atomically(folder / "bench.png", plots.png(plots.speed(rows)))
+    print(f"written: {folder / 'bench.json'} and bench.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The report: one self-contained page made of the saved results of notebooks 00 to 07, ours beside the paper's.
+
+`gather` turns a results folder into plain data, `report.html.j2` sets it. The page loads nothing: figures are inside it.
+Nothing is computed from images here, and the same results give the same page.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup, escape
+
+from cadetlib import claims, paper, record, tables
+
+NOTEBOOKS = {
+    "00_setup": "Setup",
+    "01_pretraining": "Pretraining (Section 3)",
+    "02_cifar10_vs_cifar10_1": "Two sets (Section 4.1)",
+    "03_small_samples": "Few images (Section 4.2)",
+    "04_cadet_tables": "CADet (Section 5)",
+    "05_ablations": "What makes it work (Section 6)",
+    "06_thresholds": "Thresholds (Eq. 8)",
+    "07_your_own_images": "Your own images",
+}
+FIGURES = {
+    "01_pretraining": ("01_training",),
+    "02_cifar10_vs_cifar10_1": ("02_rejection_rates", "02_figure_1a"),
+    "03_small_samples": ("03_small_samples",),
+    "04_cadet_tables": ("04_detection", "04_figure_1b"),
+    "05_ablations": ("05_similarities", "05_parts", "05_figure_2", "05_gamma", "05_reference", "05_crop"),
+    "06_thresholds": ("06_calibration", "06_operating_point"),
+    "07_your_own_images": ("07_most_anomalous",),
+}
+Row = Mapping[str, Any]
+
+
+class Figure(NamedTuple):
+    """A figure inside the page: a data URI, its alternative text, its size in CSS pixels."""
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+
+
+def write(folder: Path, profile: str) -> Path:
+    """Make report.html in a results folder from the results and figures there -> its path.
+
+    FileNotFoundError names the notebook whose results or figures are missing; ValueError says which results are damaged, of
+    another profile, or of a notebook that has changed since.
+    """
+    try:
+        page = _template().render(gather(folder, profile))
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise ValueError(
+            f"{folder}: found results without {error}, expected those of these notebooks; make them again: "
+            f"python -m cadetlib.reproduce {profile} --force"
+        ) from error
+    return record.write_atomically(folder / "report.html", page)
+
+
+def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Our AUROCs (notebook 04's rows) beside the paper's for the nearest kind of anomaly, with a verdict, in percent.
+
+    >>> row = dict(detector="CADet", encoder="contrastive", anomaly="FGSM", auroc=0.98, low=0.97, high=0.99)
+    >>> verdicts([row])[0]["ours"], verdicts([row])[0]["paper"], verdicts([row])[0]["verdict"]
+    ('98.0 [97.0, 99.0]', 97.56, 'agrees')
+    """
+    found = []
+    for row in rows:
+        value, of = tables.paper_value(row["detector"], row["encoder"], row["anomaly"])
+        found.append(
+            {key: row[key] for key in ("detector", "encoder", "anomaly")}
+            | dict(ours=tables.percent(row), paper=value, compared_with=of, verdict=tables.verdict(row, value))
+        )
+    return found
+
+
+def gather(folder: Path, profile: str) -> dict[str, Any]:
+    """Everything the page shows, as plain data; errors as in `write`."""
+    loaded = {name: _loaded(folder, name, profile) for name in NOTEBOOKS}
+    results = {name[:2]: found.results for name, found in loaded.items()}
+    provenance = {name: found.provenance for name, found in loaded.items()}
+    return {
+        "profile": profile,
+        "notebooks": NOTEBOOKS,
+        "results": results,
+        "provenance": provenance,
+        "parameters": {name[:2]: found["parameters"] for name, found in provenance.items()},
+        "figures": {name: _figure(folder, notebook, name, profile) for notebook, names in FIGURES.items() for name in names},
+        "claims": judged(results),
+        "layouts": _layouts(results),
+        "counts": _counted([row["verdict"] for row in verdicts(results["04"]["rows"])]),
+        "tuned": sorted({r["detector"] for r in paper.TABLE_4.records() if r["tuned"]}),
+        "missing": _missing(results),
+        "outdated": _outdated(loaded),
+        "hardware": _counted([_machine(p["hardware"]) for p in provenance.values()]),
+        "minutes": sum(p["seconds"] for p in provenance.values()) / 60,
+        "most_anomalous": _most_anomalous(results["07"]),
+        "machine": _machine,
+        "without_folders": _without_folders,
+    }
+
+
+def judged(results: Mapping[str, Row]) -> list[claims.Claim]:
+    """The paper's claims with their verdicts, in the paper's order. results: "02" ... "06" -> saved results."""
+    attacks = {row["name"] for row in results["04"]["sets"] if row["paired"]}
+    rows = results["04"]["rows"]
+    return [
+        claims.shifts_detected(results["02"]["rows"], results["02"]["alpha"]),
+        claims.small_samples_helped(results["03"]["rows"]),
+        claims.anomalies_seen(rows, attacks, attacked=False),
+        claims.anomalies_seen(rows, attacks, attacked=True),
+        claims.contrastive_better(rows, attacks),
+        claims.similarities_divide_the_work(results["05"]["by_part"], attacks),
+        claims.few_views_suffice(results["05"]["by_views"]),
+        claims.p_values_calibrated(results["06"]["false_positive_rates"], results["06"]["n_calibration"], results["06"]["alpha"]),
+    ]
+
+
+def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:
+    ablations = results["05"]
+    sweeps = {
+        "by_part": ("score", "score"),
+        "by_views": ("n_views", "views per image"),
+        "by_gamma": ("factor", "multiple of γ"),
+        "by_reference": ("n_reference", "reference images"),
+        "by_crop": ("crop_scale", "area of a view"),
+    }
+    return {name: tables.sweep_layout(ablations[name], *about) for name, about in sweeps.items()} | {
+        "table_1": tables.table_1_layouts(results["02"]["rows"]),
+        "table_2": tables.table_2_layouts(results["03"]["rows"]),
+        "table_3": tables.detection_layout(results["04"]["rows"], 3),
+        "table_4": tables.detection_layout(results["04"]["rows"], 4),
+        "table_5": tables.table_5_layout(ablations["moments"]),
+    }
+
+
+def _loaded(folder: Path, name: str, profile: str) -> record.Loaded:
+    path = folder / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(_run_first(path, name, profile))
+    found = record.read(path)
+    theirs = found.provenance.get("parameters", {}).get("profile")
+    if theirs != profile:
+        raise ValueError(f"{path}: found results of profile {theirs!r}, expected {profile!r}; give each profile its own folder")
+    return found
+
+
+def _run_first(path: Path, name: str, profile: str) -> str:
+    return f"the report needs {name}, and found no {path}; run: python -m cadetlib.reproduce {profile} --only {name[:2]}"
+
+
+def _figure(folder: Path, notebook: str, name: str, profile: str) -> Figure:
+    """The SVG or the PNG of a figure, whichever is smaller; as an image, so that nothing in it can act on the page."""
+    svg, png, about = (folder / "figures" / f"{name}.{suffix}" for suffix in ("svg", "png", "json"))
+    for path in (svg, png, about):
+        if not path.exists():
+            raise FileNotFoundError(_run_first(path, notebook, profile))
+    drawn, pixels = svg.read_bytes(), png.read_bytes()
+    width, height = (int.from_bytes(pixels[at : at + 4], "big") * 96 // 200 for at in (16, 20))  # drawn at 200 pixels an inch
+    kind, content = ("svg+xml", drawn) if len(drawn) <= len(pixels) else ("png", pixels)
+    alt = json.loads(about.read_text())["alt"]
+    return Figure(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", alt, width, height)
+
+
+def _missing(results: Mapping[str, Row]) -> dict[str, str]:
+    """Image sets that some notebook looked for in vain -> the reason it gave."""
+    found = {name: reason for result in results.values() for name, reason in result.get("missing", {}).items()}
+    return {name: _without_folders(reason) for name, reason in found.items()}
+
+
+def _without_folders(text: str) -> str:
+    """A text without this machine's folders: an absolute path keeps its last part.
+
+    >>> _without_folders("found no /home/me/data/mnist (see https://example.org/a/b)")
+    'found no .../mnist (see https://example.org/a/b)'
+    """
+    return re.sub(r"(?<![\w:/.])[~/](?:[^\s/]*/)+", ".../", text)
+
+
+def _outdated(loaded: Mapping[str, record.Loaded]) -> list[tuple[str, str]]:
+    """(notebook, input): results made from an earlier version of their input than the one in the folder."""
+    return [
+        (name, needed)
+        for name, found in loaded.items()
+        for needed, digest in found.provenance.get("needed", {}).items()
+        if needed in loaded and loaded[needed].digest != digest
+    ]
+
+
+def _machine(hardware: Row) -> str:
+    """The hardware of a run in words; a GPU only when there was one."""
+    memory = f", {hardware['memory_gib']:g} GiB" if hardware["memory_gib"] else ""
+    gpus = "".join(f", {count} × {name}" for name, count in _counted(hardware["gpus"]).items())
+    return f"{hardware['cpu']}, {hardware['cores']} CPU core{'s' * (hardware['cores'] != 1)}{memory}{gpus or ', no GPU'}"
+
+
+def _counted(values: Sequence[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in dict.fromkeys(values)}
+
+
+def _most_anomalous(own: Row, n: int = 10) -> list[dict[str, Any]]:
+    """The n images with the smallest p-values, ties by intra-similarity."""
+    columns = ("files", "p_values", "m_in", "m_out", "flagged")
+    images = [dict(zip(columns, values, strict=True)) for values in zip(*(own[c] for c in columns), strict=True)]
+    return sorted(images, key=lambda image: (image["p_values"], image["m_in"]))[:n]
+
+
+def _maths(text: Any) -> Markup:
+    """Text as HTML, escaped, in which m_in and m_out have subscripts.
+
+    >>> _maths("m_in < 1")
+    Markup('m<sub>in</sub> &lt; 1')
+    """
+    return Markup(re.sub(r"\bm_(in|out)\b", r"m<sub>\1</sub>", str(escape(text))))
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["maths"] = _maths
+    return environment.from_string(resources.files("cadetlib").joinpath("report.html.j2").read_text(encoding="utf-8"))

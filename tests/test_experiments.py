@@ -1,0 +1,157 @@
+"""The experiments' bookkeeping: who is drawn, who is fitted on, who is scored; and their numbers on cases that can be known."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cadetlib import cadet, embed, experiments, metrics, mmd
+from cadetlib.views import EvalViews
+
+
+def unit_sums(n, seed, shift=0.0, dim=8, grid=(2, 4)):
+    """View sums of n made-up images, whose views scatter around a direction of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(n, 1, dim, generator=generator) + 1 + shift
+    z = centre + (0.3 + shift) * torch.randn(n, grid[-1], dim, generator=generator)
+    m_in, means = embed.sums_of_views(z, grid)
+    return embed.ViewSums(tuple(grid), m_in, means.float())
+
+
+def test_draws_are_disjoint_and_of_the_pool():
+    pool = torch.arange(100, 140)
+    parts = experiments.draws_without_overlap(pool, 50, (10, 10, 20), seed=0)
+    together = torch.cat(parts, dim=1)
+    assert [tuple(p.shape) for p in parts] == [(50, 10), (50, 10), (50, 20)]
+    assert all(sorted(row) == pool.tolist() for row in together.tolist())
+    assert len({tuple(row) for row in parts[0].tolist()}) > 40, "draws repeat one another"
+    with pytest.raises(ValueError, match="found 40 images"):
+        experiments.draws_without_overlap(pool, 1, (20, 21), seed=0)
+
+
+def test_table_1_keeps_its_level_and_sees_a_shift():
+    generator = torch.Generator().manual_seed(0)
+    reference, same, other = (torch.randn(150, 16, generator=generator) for _ in range(3))
+    rows = experiments.rejection_rates(reference, {"same": same, "other": other + 0.7}, [10, 40], 60, 99)
+    rate = {(r["test"], r["shift"], r["n"]): r["rate"] for r in rows}
+    assert len(rows) == 2 * 3 * 2
+    assert rate["MMD", "other", 40] == rate["MMD-CC", "other", 40] == 1.0
+    assert max(rate["MMD", "no shift", n] for n in (10, 40)) < 0.15
+    for row in rows:
+        assert row["rate"] == np.mean(np.asarray(row["p_values"]) <= 0.05)
+        assert row["low"] <= row["rate"] <= row["high"]
+
+
+def test_table_2_reaches_its_ceiling_and_no_more():
+    generator = torch.Generator().manual_seed(1)
+    reference, fresh = torch.randn(400, 16, generator=generator).split(200)
+    rows = experiments.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 200, 100)
+    auroc = {(r["test"], r["anomaly"], r["n"]): r["auroc"] for r in rows}
+    assert auroc["MMD-CC", "far", 20] == pytest.approx(1 - 0.5 / 101, abs=0.004)
+    assert 0.4 < auroc["MMD", "same", 20] < 0.6
+    assert auroc["MMD-CC", "far", 3] > auroc["MMD", "far", 3], "MMD at n = 3 is held back by its ten splits, MMD-CC is not"
+
+
+def test_splits_are_disjoint_seeded_and_checked():
+    first, second = experiments.splits(100, 2, 20, 30, seed=5)
+    for division in (first, second):
+        parts = torch.cat([division.reference, division.calibration, division.test])
+        assert sorted(parts.tolist()) == list(range(100))
+    assert first.test.tolist() != second.test.tolist()
+    assert experiments.splits(100, 1, 20, 30, seed=5)[0].test.tolist() == first.test.tolist()
+    with pytest.raises(ValueError, match="found 50 held-out images"):
+        experiments.splits(50, 1, 20, 30)
+
+
+def test_an_image_is_never_calibrated_on_in_one_form_and_scored_in_another():
+    """Attacked image i counts in a split only when clean image i is a test image of it; and fit never sees an anomaly."""
+    held_out, moved = unit_sums(60, 0), unit_sums(60, 1, shift=0.5)
+    divisions = experiments.splits(60, 3, 10, 20, seed=0)
+    pairs = experiments.pairs_of_splits(held_out, moved, True, divisions, 4)
+    for division, (inside, outside) in zip(divisions, pairs, strict=True):
+        detector = cadet.CADet(nn.Identity(), n_views=4)
+        detector.fit_sums(held_out[division.reference], held_out[division.calibration])
+        assert torch.equal(inside, detector.score_sums(held_out[division.test]))
+        assert torch.equal(outside, detector.score_sums(moved[division.test]))
+    other = experiments.pairs_of_splits(held_out, unit_sums(60, 2, shift=3.0), True, divisions, 4)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(pairs, other, strict=True)), "other anomalies changed the clean scores"
+    with pytest.raises(ValueError, match="60 images"):
+        experiments.pairs_of_splits(held_out, moved[:10], True, divisions, 4)
+
+
+def test_the_score_is_made_of_its_parts():
+    sums = {"in-distribution": unit_sums(60, 0), "odd": unit_sums(40, 1, shift=0.5)}
+    ask = experiments.Asker(sums, {"in-distribution": False, "odd": False}, experiments.splits(60, 3, 10, 20, seed=0))
+    assert ask("odd", 4, experiments.weighted(0.0)) == ask("odd", 4, experiments.m_in_only)
+    assert ask("odd", 4, experiments.weighted(1.0)) == ask("odd", 4)
+    assert ask("odd", 4, experiments.weighted(1e9))["auroc"] == pytest.approx(ask("odd", 4, experiments.m_out_only)["auroc"])
+    assert ask("odd", 4, n_reference=10) == ask("odd", 4) != ask("odd", 4, n_reference=2)
+    row = ask("odd", 4)
+    pairs = experiments.pairs_of_splits(sums["in-distribution"], sums["odd"], False, ask.divisions, 4)
+    assert row["auroc"] == pytest.approx(np.mean([metrics.auroc(*pair) for pair in pairs]))
+    assert row["low"] <= row["auroc"] <= row["high"] and len(row["splits"]) == 3
+    column = ask.moments(4)["odd"]
+    m_in, m_out = ask.detector(4).similarities_of_sums(sums["odd"])
+    assert column["mean_gamma_m_out"] == pytest.approx(ask.gammas(4)[0] * float(m_out.mean()))
+    assert column["variance_m_in"] == pytest.approx(float(m_in.var()))
+
+
+def test_roc_points_hold_their_auroc():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(300, generator=generator) + 1, torch.randn(300, generator=generator)) for _ in range(3)]
+    curve = experiments.roc_points(pairs)
+    assert np.trapezoid(curve["detection_rate"], curve["false_alarm_rate"]) == pytest.approx(curve["auroc"], abs=0.005)
+
+
+def test_attack_settings_and_cache(tmp_path):
+    parameters = {"pgd_eps": 0.1, "pgd_n_steps": 2, "cw_l2_c": 1.0, "cw_l2_n_steps": 3, "cw_l2_ball_eps": 0.5, "seed": 1}
+    assert experiments.attack_settings("cw_l2", parameters) == {"c": 1.0, "n_steps": 3}
+    assert experiments.attack_settings("cw_l2_ball", parameters) == {"eps": 0.5}
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 3))
+    images, labels = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+    made = experiments.attack_all(["pgd", "cw_l2"], classifier, images, labels, parameters, tmp_path)
+    assert list(made) == ["PGD", "CW-L2"]
+    assert len(list(tmp_path.glob("attack-*.safetensors"))) == 2
+    again = experiments.attack_all(["pgd"], classifier, images, labels, parameters, tmp_path)
+    assert torch.equal(again["PGD"], made["PGD"]) and len(list(tmp_path.glob("attack-*.safetensors"))) == 2
+    experiments.attack_all(["pgd"], classifier, images, labels, parameters | {"pgd_eps": 0.2}, tmp_path)
+    assert len(list(tmp_path.glob("attack-*.safetensors"))) == 3, "other settings must not find the cached images"
+    with pytest.raises(ValueError, match="found 'pdg'"):
+        experiments.attacked("pdg", classifier, images, labels)
+
+
+def test_sets_of_images_come_back_as_they_were(tmp_path):
+    sets = {"in-distribution": torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8), "PGD": torch.rand(4, 3, 5, 5)}
+    loaded = experiments.load_sets(tmp_path, experiments.save_sets(tmp_path, **sets))
+    assert set(loaded) == set(sets) and all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in sets.items())
+
+
+def test_batch_decisions_count_what_they_say():
+    curves = [
+        dict(name="in-distribution", kind="in", p_values=np.linspace(0.01, 1, 100)),
+        dict(name="found", kind="out", p_values=np.full(100, 0.01)),
+        dict(name="missed", kind="out", p_values=np.ones(100)),
+    ]
+    found, missed = experiments.batch_decisions(curves, alpha=0.05, q=0.1)
+    assert found["alpha_found"] == found["bh_found"] == 1.0 and missed["alpha_found"] == 0.0
+    assert found["alpha_false_discoveries"] == pytest.approx(5 / 105)
+    assert found["n"] == 200
+
+
+def test_view_sums_of_sets_are_those_of_each(tmp_path):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    sets = {"a": torch.rand(3, 3, 8, 8), "b": torch.rand(2, 3, 8, 8)}
+    sums = experiments.view_sums_of_sets(encoder, sets, EvalViews(8), (2, 4), tmp_path, say=lambda line: None)
+    alone = embed.view_sums(encoder, sets["b"], EvalViews(8), (2, 4))
+    assert torch.equal(sums["b"].m_in, alone.m_in)
+
+
+def test_the_encoders_similarity_is_that_of_mmd():
+    """Notebook 02 compares plain embeddings; the pool's Gram matrix must be the one of the single tests."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator) + 1
+    (row,) = [r for r in experiments.rejection_rates(x, {"y": y}, [4], 1, 199) if (r["test"], r["shift"]) == ("MMD", "y")]
+    x1, _ = experiments.draws_without_overlap(torch.arange(12), 1, (4, 4), 0)
+    (drawn,) = experiments.draws_without_overlap(torch.arange(12), 1, (4,), 1)
+    single = mmd.mmd_test(x[x1[0]], y[drawn[0]], 4000)
+    assert row["p_values"][0] == pytest.approx(single.p_value, abs=0.1)
