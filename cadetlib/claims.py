@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from scipy import stats
@@ -228,26 +229,35 @@ def few_views_suffice(by_views: Sequence[Row]) -> Claim:
     )
 
 
-def p_values_calibrated(rates: Sequence[Row], n_calibration: int, alpha: float, level: float = 0.95) -> Claim:
-    """Eq. 8: of n fresh in-distribution images, as many are flagged as calibrated p-values would flag.
+@cache
+def calibrated_range(n: int, n_calibration: int, alpha: float, level: float = 0.95) -> tuple[float, float]:
+    """Where the flagged share of n fresh in-distribution images lies with probability `level` or more, by Eq. 8.
 
-    That number is beta-binomial, k = floor(alpha (n_calibration + 1)): the true rate is Beta(k, n_calibration + 1 - k). The
-    range shown holds all splits' rates at once with probability `level` or more (Bonferroni). Undecided when the range reaches
-    0, since then a detector that never flags would pass.
+    Their number is beta-binomial: with k = floor(alpha (n_calibration + 1)), the true rate is Beta(k, n_calibration + 1 - k).
+
+    >>> calibrated_range(200, 18, 0.05)  # no p-value is as small as 0.05
+    (0.0, 0.0)
     """
     k = math.floor(alpha * (n_calibration + 1) * (1 + 1e-12))
-    tail = (1 - level) / 2 / max(1, len(rates))
+    if k == 0:
+        return 0.0, 0.0
+    low, high = stats.betabinom(n, k, n_calibration + 1 - k).ppf([(1 - level) / 2, (1 + level) / 2]) / n
+    return float(low), float(high)
+
+
+def p_values_calibrated(rates: Sequence[Row], n_calibration: int, alpha: float) -> Claim:
+    """Eq. 8: of fresh in-distribution images, as many are flagged as calibrated p-values flag.
+
+    The range holds all splits' rates at once 95 times in 100 or more (Bonferroni). Undecided when it reaches 0, since then a
+    detector that never flags would pass.
+    """
     parts = []
     for row in rates:
-        flagged = stats.betabinom(row["n"], k, n_calibration + 1 - k) if k else None
-        low, high = (flagged.ppf([tail, 1 - tail]) / row["n"]).tolist() if flagged else (0.0, 0.0)
+        low, high = calibrated_range(row["n"], n_calibration, alpha, 1 - 0.05 / len(rates))
         parts.append(Part(f"split {row['split'] + 1}", 100 * row["measured"], 100 * low, 100 * high))
-    promised = 100 * k / (n_calibration + 1)
-    verdict = CONFIRMED
-    if any(part.low == 0 for part in parts):
-        verdict = UNDECIDED
-    if any(not part.low <= part.value <= part.high for part in parts):
-        verdict = NOT
+    promised = 100 * math.floor(alpha * (n_calibration + 1) * (1 + 1e-12)) / (n_calibration + 1)
+    inside = all(part.low <= part.value <= part.high for part in parts)
+    verdict = NOT if not inside else UNDECIDED if any(part.low == 0 for part in parts) else CONFIRMED
     return Claim(
         "thresholds",
         "p-values are calibrated",

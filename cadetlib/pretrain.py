@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cadetlib import checks, data, embed, encoders, losses, parameters, probe, processes
+from cadetlib import checks, data, embed, encoders, losses, parameters, probe, processes, record
 from cadetlib.views import TrainViews
 
 PREEMPTED = 75  # EX_TEMPFAIL: saved; start me again
@@ -560,7 +560,7 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
     defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings) if f.name != "objective"}
     allowed = defaults | {f"supervised_{k}": v for k, v in defaults.items()} | {"profile": "digits", "output": "", "processes": 1}
     checked = parameters.validate(allowed, given)
-    folder = Path(checked["output"] or Path(__file__).resolve().parents[1] / "outputs" / checked["profile"])
+    folder = record.output_folder(checked["profile"], checked["output"])
     chosen = {k: v for k, v in given.items() if k in defaults}
     if objective == "supervised":
         chosen |= {k.removeprefix("supervised_"): v for k, v in given.items() if k.startswith("supervised_")}
@@ -571,18 +571,23 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
 def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     """Train in a subprocess of its own with these parameters, its lines printed here; returns the folder of the run.
 
+    The folder's name carries a digest of the settings: a run that was interrupted is found again, one with other settings
+    begins anew, and a finished one is not repeated.
     `processes` > 1 starts that many with torchrun. The child's environment holds no distributed variables, and interrupting
     this call, or the end of this process, ends the whole group. RuntimeError when the training did not finish.
     """
     import yaml
 
-    folder = Path(settings_from(given, objective).output)
+    settings = settings_from(given, objective)
+    decisive = {k: v for k, v in asdict(settings).items() if k not in OPERATION}
+    folder = Path(f"{settings.output}-{record.digest(decisive)[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "parameters.yaml"
     file.write_text(yaml.safe_dump(dict(given), sort_keys=False))
     number = int(given.get("processes", 1))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m"] if number > 1 else []
     command = [sys.executable, "-m", *torchrun, "cadetlib.pretrain", "--params", str(file), "--objective", objective]
+    command += ["--output", str(folder)]
     environment = processes.without_distributed(os.environ)
     if number > 1:  # or torchrun says one thread each
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
@@ -623,9 +628,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line: reads settings, joins torchrun's processes when there are any, trains."""
     parser = argparse.ArgumentParser(prog="python -m cadetlib.pretrain", description="Pretrain an encoder; resumes by itself.")
     parser.add_argument("--params", required=True, type=Path, help="YAML file of a profile's 01_pretraining")
+    parser.add_argument("--output", help="folder of this run; default: <results of the profile>/pretraining/<objective>")
     parser.add_argument("--objective", default="contrastive", choices=("contrastive", "supervised"))
     chosen = parser.parse_args(arguments)
     settings = settings_from(parameters.read_yaml(chosen.params), chosen.objective)
+    settings = replace(settings, output=chosen.output or settings.output)
     # Only torchrun's own variables count: RANK and WORLD_SIZE may be left over from something else.
     if distributed.is_available() and distributed.is_torchelastic_launched():
         backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -37,6 +37,8 @@ from cadetlib import parameters, processes, record
 
 PACKAGE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Threads that wait asleep: on a busy machine, spinning ones take the cores from those they wait for (twice the CPU time).
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 QUIET = {"PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
 NOISE = re.compile(
     r"(Executing|Ending) Cell \d+-+$|(In|Out)put Notebook: |Executing notebook with|\[IPKernelApp\] WARNING .* over TCP"
@@ -327,7 +329,7 @@ def _environment(root: Path, run_id: str, slot: str | None, n_slots: int) -> dic
     """The child's environment: this package and data root, no network, no stale distributed variables, its GPU."""
     kept = processes.without_distributed(os.environ)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), kept.get("PYTHONPATH")]))
-    environment = OFFLINE | kept | QUIET | {"CADET_ROOT": str(root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
+    environment = OFFLINE | PATIENT | kept | QUIET | {"CADET_ROOT": str(root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
     if kept.get("CADET_DATA"):
         environment["CADET_DATA"] = str(Path(kept["CADET_DATA"]).expanduser().absolute())
     if slot is not None:

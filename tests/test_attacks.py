@@ -197,20 +197,24 @@ def test_cw_l2_ball_goes_straight_to_its_border_for_a_linear_victim():
 
 
 def test_cw_linf_equals_a_numpy_loop():
-    weight = np.random.default_rng(6).normal(size=(2, 48)).astype(np.float32)
-    images, labels = pixels(6, seed=6), torch.tensor([0, 1] * 3)
+    weight, images = np.random.default_rng(6).normal(size=(2, 48)), pixels(12, seed=6)
+    labels = torch.tensor([0, 1] * 6)
+    bias = np.array(
+        [0.0, (flat(images) @ (weight[0] - weight[1])).mean()]
+    )  # hence some targets lead already, by less than the margin
 
     def reference(x: np.ndarray, target: int, margin: float, eps: float) -> np.ndarray:
         start, adam = x, NumpyAdam(0.03)
         for _ in range(12):
-            z = weight.astype(float) @ x
+            z = weight @ x + bias
             active = z[1 - target] - z[target] + margin > 0
-            x = x + adam.step(active * (weight[1 - target].astype(float) - weight[target]))
+            x = x + adam.step(active * (weight[1 - target] - weight[target]))
             x = np.clip(np.clip(x, start - eps, start + eps), 0, 1)
         return x
 
-    attacked = flat(cw_linf(linear(weight), images, labels, eps=0.15, n_steps=12, margin=6.0))
-    expected = np.stack([reference(x, 1 - int(y), 6.0, 0.15) for x, y in zip(flat(images), labels, strict=True)])
+    attacked = flat(cw_linf(linear(weight, bias), images, labels, eps=0.15, n_steps=12, margin=1.0))
+    expected = np.stack([reference(x, 1 - int(y), 1.0, 0.15) for x, y in zip(flat(images), labels, strict=True)])
+    assert 0 < (expected == flat(images)).all(axis=1).sum() < 6
     np.testing.assert_allclose(attacked, expected, atol=1e-5)
 
 
@@ -316,7 +320,10 @@ def test_accuracy_counts_hits(victim, test_digits):
     images, labels = test_digits
     wrong = torch.where(torch.arange(96) % 3 == 0, (labels + 1) % 10, labels)
     expected = np.mean(victim(images).argmax(dim=1).numpy() == wrong.numpy())
-    assert accuracy(victim, images, wrong, batch_size=7) == pytest.approx(expected) and 0.5 < expected < 0.7
+    net, seen = copy.deepcopy(victim).train(), []
+    net.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
+    assert accuracy(net, images, wrong, batch_size=7) == pytest.approx(expected) and 0.5 < expected < 0.7
+    assert set(seen) == {(False, False)} and net.training
     assert accuracy(victim, (images * 255).round().to(torch.uint8), wrong.numpy()) == pytest.approx(expected, abs=0.03)
 
 

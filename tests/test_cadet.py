@@ -305,7 +305,7 @@ def test_bad_images_are_refused_everywhere(detector, bad, message):
         (lambda x: x.flatten(1) * float("nan"), "NaN or infinite"),
         (lambda x: torch.zeros(len(x), 4), "zero vector"),
         (lambda x: torch.full((len(x), 4), 0.7), "expected both above"),
-        (lambda x: 0.7 + 1e-8 * x.flatten(1), "expected both above"),
+        (lambda x: 0.7 + 3e-7 * x.flatten(1), "expected both above"),
     ],
     ids=["maps", "scalar", "NaN", "zero", "constant", "constant but for rounding"],
 )
@@ -396,6 +396,8 @@ def test_bad_embeddings_are_refused(z, mu, message):
 def test_bad_scores_are_refused(calibration, scores, message):
     with pytest.raises(ValueError, match=message):
         cadet.p_values(calibration, scores)
+    with pytest.raises(ValueError, match="ties: found 'random', expected one of"):
+        cadet.p_values([1.0, 2.0], [1.0], ties="random")
 
 
 def test_sums_over_another_number_of_views_are_refused():

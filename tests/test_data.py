@@ -168,8 +168,8 @@ def cifar10_1(root, images, labels):
 
 
 def cifar10_1_of_other_shape(root):
-    cifar10_1(root, np.zeros((2021, 32, 32, 3), np.uint8), np.zeros(2021, np.int64))
-    return "cifar10.1-v6", r"found \(2021, 32, 32, 3\) uint8 and 2021 labels, expected \(2000, 32, 32, 3\)"
+    cifar10_1(root, np.zeros((2021, 32, 32, 3), np.uint8), np.zeros(2000, np.int64))
+    return "cifar10.1-v6", r"found \(2021, 32, 32, 3\) uint8 and 2000 labels, expected \(2000, 32, 32, 3\)"
 
 
 def mnist(root, images, labels=b"12345678\x01\x02"):

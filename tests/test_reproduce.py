@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -258,26 +260,40 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the end of a parent is a signal on Linux alone")
-def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_notebook, capsys, fixed_library):
+def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_notebook, capsys, fixed_library, request):
     fixed = "import sys; from cadetlib import reproduce; reproduce.library_digest = lambda: 'library'"
     command = [sys.executable, "-c", f"{fixed}; sys.exit(reproduce.main(['tiny']))"]
     folder = checkout / "outputs/tiny"
     write_notebook("00_a", "run.save(x=1)")
     write_notebook("01_b", "run.need('00_a')", SLOW)
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        pids = folder / "pids"
-        pids.unlink(missing_ok=True)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_for(lambda pids=pids: pids.exists() and pids.read_text().endswith(" "))
-        kernel_papermill_child = [int(pid) for pid in pids.read_text().split()]
-        assert all(map(alive, kernel_papermill_child))
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 2
-        assert f"found another reproduce at work here (process {process.pid})" in second.stderr
-        process.send_signal(number)
-        assert process.wait(20) == (-9 if number == signal.SIGKILL else 128 + signal.SIGTERM)
-        wait_for(lambda pids=kernel_papermill_child: not any(map(alive, pids)), 5 if number == signal.SIGKILL else 0)
-        assert sorted(p.name for p in folder.glob("*.json")) == ["00_a.json"]
+    file = folder / "pids"
+
+    def at_work():
+        """The ids of the kernel, of papermill and of what the notebook started, once all are there."""
+        wait_for(lambda: file.exists() and file.read_text().endswith(" "))
+        return [int(pid) for pid in file.read_text().split()]
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    request.addfinalizer(process.kill)
+    pids = at_work()
+    assert all(map(alive, pids))
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert f"found another reproduce at work here (process {process.pid})" in second.stderr
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, pids)), seconds=5)
+    assert sorted(p.name for p in folder.glob("*.json")) == ["00_a.json"]
+
+    file.unlink()
+    interrupt = threading.Thread(target=lambda: (at_work(), os.kill(os.getpid(), signal.SIGINT)))
+    interrupt.start()
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["tiny"])
+    assert not any(alive(int(pid)) for pid in file.read_text().split())
+    assert end.value.code == 128 + signal.SIGINT
+    assert f"{sys.executable} -m cadetlib.reproduce tiny" in capsys.readouterr().out
+    interrupt.join()
 
     (folder / "go").touch()
     (folder / "die").touch()
@@ -289,7 +305,7 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_noteboo
     (folder / "die").unlink()
     assert reproduce.main(["tiny"]) == 0
     assert states(capsys.readouterr().out) == {"00_a": "skipped, unchanged", "01_b": "done"}
-    assert not any(alive(int(pid)) for pid in (folder / "pids").read_text().split())
+    assert not any(alive(int(pid)) for pid in file.read_text().split())
 
 
 @pytest.mark.slow
