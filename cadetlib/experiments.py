@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadetlib import attacks, cadet, checks, data, embed, encoders, metrics, mmd, probe
@@ -151,10 +150,7 @@ def attacked(
     if path.is_file():
         return encoders.read_safetensors(path, "cadetlib.images")[0]["images"]
     result = attacks.ATTACKS[name](classifier, images, labels, **settings).cpu()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{id(result)}")
-    save_file({"images": result.contiguous()}, temporary, {"format": "cadetlib.images"})
-    temporary.replace(path)
+    encoders.write_safetensors(path, {"images": result.contiguous()}, "cadetlib.images")
     return result
 
 
@@ -183,10 +179,8 @@ def attack_all(
 
 def save_sets(folder: Path, **sets: Tensor) -> str:
     """Keep image sets in one safetensors file of `folder`; returns the file's name. uint8 stays uint8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".images.{id(sets)}"
-    save_file({name: images.contiguous() for name, images in sets.items()}, temporary, {"format": "cadetlib.images"})
-    temporary.replace(folder / "images.safetensors")
+    tensors = {name: images.contiguous() for name, images in sets.items()}
+    encoders.write_safetensors(folder / "images.safetensors", tensors, "cadetlib.images")
     return "images.safetensors"
 
 

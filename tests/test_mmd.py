@@ -16,9 +16,7 @@ def paper_mmd2(x, y):
     x = [v / np.linalg.norm(v) for v in np.asarray(x, dtype=np.float64)]
     y = [v / np.linalg.norm(v) for v in np.asarray(y, dtype=np.float64)]
     n = len(x)
-    total = sum(
-        x[i] @ x[j] + y[i] @ y[j] - x[i] @ y[j] - y[i] @ x[j] for i, j in itertools.product(range(n), repeat=2) if i != j
-    )
+    total = sum(x[i] @ x[j] + y[i] @ y[j] - x[i] @ y[j] - y[i] @ x[j] for i, j in itertools.product(range(n), repeat=2) if i != j)
     return total / (n * (n - 1))
 
 

@@ -148,11 +148,11 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     for name, value in STALE.items():
         monkeypatch.setenv(name, value)
     given = TINY | SGD | dict(learning_rate=RATES["sum"], output=str(tmp_path), processes=2, max_steps=0)
-    folder = run_folder(tmp_path)
 
     with contextlib.redirect_stdout(InterruptedAt("step 1 ")) as printed, pytest.raises(KeyboardInterrupt):
         pretrain.launch(given)
     assert descendants() == []
+    (folder,) = (tmp_path / "pretraining").iterdir()
     assert "asked to stop: saved at step" in printed.getvalue()
     step = last_checkpoint(folder)["step"]
     assert 1 <= step < STEPS
@@ -169,6 +169,25 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     assert pretrain.launch(given | dict(processes=1)) == folder
     assert steps_logged(folder) == list(range(1, STEPS + 1))
     torch.testing.assert_close(losses(folder)[:8], losses(alone), rtol=0, atol=CURVE)
+
+
+def test_launch_goes_on_only_with_equal_settings(monkeypatch, tmp_path):
+    """The folder is that of the run with the same settings; what may change between runs, and how many processes, is not one."""
+
+    class NotStarted(Exception):
+        """What would have been the child."""
+
+    def folder(*arguments, **changed):
+        with pytest.raises(NotStarted) as refused:
+            pretrain.launch(TINY | dict(output=str(tmp_path)) | changed, *arguments)
+        return refused.value.args[0]
+
+    def popen(command, **_):
+        raise NotStarted(command[command.index("--output") + 1])
+
+    monkeypatch.setattr(pretrain.subprocess, "Popen", popen)
+    assert folder() == folder(log_every=7, max_steps=3, processes=4, supervised_epochs=9)
+    assert len({folder(), folder(tau=0.2), folder(seed=4), folder("supervised"), folder("supervised", supervised_epochs=9)}) == 5
 
 
 def test_launch_says_what_went_wrong(tmp_path):
