@@ -58,6 +58,7 @@ def test_notebooks_of_a_profile_agree(profile):
     given = {n.name[:2]: n.parameters for n in reproduce.notebooks_of(profile)}
     assert {given[k]["image_size"] for k in ("01", "02", "03", "04")} == {given["01"]["image_size"]}
     assert given["01"]["classes"] == given["03"]["classes"] == given["04"]["classes"]
+    assert given["03"]["n_held_out"] == given["04"]["n_held_out"], "the attacks of 03 would be made again for 04"
     shared = set(given["03"]) & set(given["04"]) & {k for k in given["04"] if any(k.startswith(a + "_") for a in ATTACKS)}
     assert shared and all(given["03"][k] == given["04"][k] for k in shared)
     assert max(given["04"]["view_grid"]) == given["04"]["n_views"]
