@@ -269,7 +269,7 @@ def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
         try:
             found.append(load(name))
         except FileNotFoundError as error:
-            reasons[name] = str(error)
+            reasons[name] = str(error).replace(str(root()), "CADET_DATA")  # results name no machine's folders
     return found, reasons
 
 

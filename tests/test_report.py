@@ -168,6 +168,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.text, self.open, self.style, self.caption = "", [], "", ""
+        self.contents: list[str] = []
         self.feed(text)
         self.close()
         assert not self.open, f"left open: {self.open}"
@@ -176,6 +177,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "a" and "nav" in self.open:
+            self.contents.append(dict(attributes)["href"])
         if tag == "table":
             self.caption, self.rows = "", []
         if tag == "tr":
@@ -228,7 +231,8 @@ def test_page_loads_nothing_and_is_complete(drawn):
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [attributes["href"] for attributes in page.attributes("a")]
-    assert {link[1:] for link in links if link.startswith("#")} == set(ids)  # the contents name every section
+    assert page.contents == [f"#{section}" for section in ids]
+    assert {link for link in links if link.startswith("#")} == set(page.contents)
     notebooks = {link for link in links if not link.startswith("#")}
     assert notebooks == {f"{name}.ipynb" for name in (*report.NOTEBOOKS, "08_report")}
     headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
