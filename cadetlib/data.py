@@ -262,20 +262,29 @@ def load(name: str, download: bool = False) -> ImageSet:
         ) from error
 
 
-def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
-    """The sets that are there, and for each that is not the reason why: its row is left out, never filled by another."""
-    found, reasons = [], {}
+def _tried(names: Sequence[str]) -> dict[str, ImageSet | FileNotFoundError]:
+    found: dict[str, ImageSet | FileNotFoundError] = {}
     for name in names:
         try:
-            found.append(load(name))
+            found[name] = load(name)
         except FileNotFoundError as error:
-            reasons[name] = str(error).replace(str(root()), "CADET_DATA")  # results name no machine's folders
-    return found, reasons
+            found[name] = error
+    return found
+
+
+def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
+    """The sets that are there, and for each that is not the reason why: its row is left out, never filled by another.
+
+    The reasons go into results, and so name the data root as <data root> and not by its place.
+    """
+    tried = _tried(names)
+    reasons = {k: str(v).replace(str(root()), "<data root>") for k, v in tried.items() if isinstance(v, FileNotFoundError)}
+    return [found for found in tried.values() if isinstance(found, ImageSet)], reasons
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """For each of the sets that is not there, one line that says so and what to do."""
-    return list(available(names)[1].values())
+    """For each of the sets that is not there, one line that says so, where it was looked for, and what to do."""
+    return [str(found) for found in _tried(names).values() if isinstance(found, FileNotFoundError)]
 
 
 def split(n: int, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:

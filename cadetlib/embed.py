@@ -28,16 +28,17 @@ _FORMAT = "cadetlib.view_sums"
 
 @contextmanager
 def inference(encoder: nn.Module, dtype: str = "float32") -> Iterator[torch.device]:
-    """Eval mode, no gradients, and autocast to `dtype` on the encoder's device; the encoder's mode is restored."""
+    """Eval mode, no gradients, and autocast to `dtype` on the encoder's device; every module's mode is restored."""
     checks.one_of(dtype, "dtype", DTYPES)
     device = encoders.device_of(encoder)
-    training = encoder.training
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
             yield device
     finally:
-        encoder.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "float32") -> Tensor:

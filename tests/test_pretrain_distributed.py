@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from test_pretrain import STALE, STEPS, TINY, exit_codes, last_checkpoint, run_and_exit, run_folder, settings, steps_logged
+from test_pretrain import STALE, TINY, exit_codes, last_checkpoint, run_and_exit, run_folder, settings, steps_logged
 
 from cadetlib import pretrain
 from cadetlib.pretrain import Settings
@@ -144,10 +144,10 @@ def launch_and_exit(given, variables):
 
 @pytest.mark.slow
 def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
-    """torchrun with two processes, interrupted; then left by a killed parent; then one process to the end. Stale variables."""
+    """A run of hours under torchrun, interrupted; then left by a killed parent; then on one process. Among stale variables."""
     for name, value in STALE.items():
         monkeypatch.setenv(name, value)
-    given = TINY | SGD | dict(learning_rate=RATES["sum"], output=str(tmp_path), processes=2, max_steps=0)
+    given = TINY | SGD | dict(learning_rate=RATES["sum"], output=str(tmp_path), processes=2, max_steps=0, epochs=10**5)
 
     with contextlib.redirect_stdout(InterruptedAt("step 1 ")) as printed, pytest.raises(KeyboardInterrupt):
         pretrain.launch(given)
@@ -155,7 +155,7 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "pretraining").iterdir()
     assert "asked to stop: saved at step" in printed.getvalue()
     step = last_checkpoint(folder)["step"]
-    assert 1 <= step < STEPS
+    assert step >= 1
 
     parent = _forks.Process(target=launch_and_exit, args=(given, STALE))
     parent.start()
@@ -166,9 +166,10 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     _, alive = psutil.wait_procs(left, timeout=40)
     assert alive == []
 
-    assert pretrain.launch(given | dict(processes=1)) == folder
-    assert steps_logged(folder) == list(range(1, STEPS + 1))
-    torch.testing.assert_close(losses(folder)[:8], losses(alone), rtol=0, atol=CURVE)
+    end = last_checkpoint(folder)["step"] + 8
+    assert pretrain.launch(given | dict(processes=1, max_steps=end)) == folder
+    assert steps_logged(folder) == list(range(1, end + 1))
+    torch.testing.assert_close(losses(folder)[:7], losses(alone)[:7], rtol=0, atol=CURVE)  # later ones differ in learning rate
 
 
 def test_launch_goes_on_only_with_equal_settings(monkeypatch, tmp_path):
