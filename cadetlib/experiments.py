@@ -293,10 +293,20 @@ def view_sums_of_sets(
 # --- what notebooks ask for ---------------------------------------------------------------------------------------------
 
 
-def load_encoders(folder: Path, files: Mapping[str, str]) -> dict[str, nn.Module]:
-    """The encoders that notebook 01 saved below `folder`: name -> module, on the GPU when there is one."""
+def _placed(module: nn.Module) -> nn.Module:
+    """On the GPU when there is one; channels last in memory, with which convolutions take 0.6 to 0.75 of the time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: encoders.load_encoder(folder / file).to(device) for name, file in files.items()}
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_encoders(folder: Path, files: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The encoders that notebook 01 saved below `folder`: name -> module."""
+    return {name: _placed(encoders.load_encoder(folder / file)) for name, file in files.items()}
+
+
+def load_victim(folder: Path, files: Mapping[str, str]) -> nn.Module:
+    """The supervised classifier that notebook 01 saved below `folder`, which the attacks are made against."""
+    return _placed(encoders.load_classifier(folder / files["supervised"]))
 
 
 def positions(labels: Tensor | None, classes: Sequence[int]) -> Tensor:

@@ -128,6 +128,14 @@ def descendants(pid=None):
     return [p for p in psutil.Process(pid).children(recursive=True) if "--params" in p.cmdline()]
 
 
+def ended(found, timeout):
+    """Whether these processes end within so many seconds; those that do not are ended here."""
+    _, alive = psutil.wait_procs(found, timeout=timeout)
+    for process in alive:
+        process.kill()
+    return not alive
+
+
 def wait_for_step(folder, step, timeout=100):
     """Until the log of a run holds `step`."""
     deadline = time.monotonic() + timeout
@@ -151,7 +159,7 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
 
     with contextlib.redirect_stdout(InterruptedAt("step 1 ")) as printed, pytest.raises(KeyboardInterrupt):
         pretrain.launch(given)
-    assert descendants() == []
+    assert ended(descendants(), timeout=0)
     (folder,) = (tmp_path / "pretraining").iterdir()
     assert "asked to stop: saved at step" in printed.getvalue()
     step = last_checkpoint(folder)["step"]
@@ -163,8 +171,7 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     left = descendants(parent.pid)
     assert len(left) == 3  # torchrun and its two
     parent.kill()
-    _, alive = psutil.wait_procs(left, timeout=40)
-    assert alive == []
+    assert ended(left, timeout=60)
 
     end = last_checkpoint(folder)["step"] + 8
     assert pretrain.launch(given | dict(processes=1, max_steps=end)) == folder
