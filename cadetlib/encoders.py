@@ -116,6 +116,7 @@ class ContrastiveHead(nn.Sequential):
             nn.Linear(hidden, out, bias=False),
             nn.BatchNorm1d(out),
         )
+        self[-1].bias.requires_grad_(False)  # it stays 0: SimCLRv2's last layer has a scale and no shift
 
 
 class Classifier(nn.Module):

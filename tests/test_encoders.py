@@ -271,3 +271,14 @@ def test_impossible_networks_are_refused(changes):
 def test_normalize_is_per_channel():
     x = images(2, 4)
     torch.testing.assert_close(Normalize()(x), (x - MEAN) / STD)
+
+
+def test_the_last_layer_of_the_contrastive_head_has_no_shift():
+    """SimCLRv2's last layer is scaled and not shifted: its bias is 0 and no step moves it."""
+    head = encoders.ContrastiveHead(4, 8, 6)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+    head(torch.randn(16, 4, generator=torch.Generator().manual_seed(0))).square().mul(torch.arange(6.0)).sum().backward()
+    before = head[-1].weight.detach().clone()
+    optimizer.step()
+    assert not head[-1].bias.any()
+    assert not torch.equal(head[-1].weight, before)
