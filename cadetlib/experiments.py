@@ -277,7 +277,7 @@ def view_sums_of_sets(
     views: EvalViews,
     grid: Sequence[int],
     cache: str | Path | None = None,
-    batch_size: int = 1024,
+    batch_size: int = 512,
     dtype: str = "float32",
     say: Callable[[str], None] = print,
 ) -> dict[str, embed.ViewSums]:
