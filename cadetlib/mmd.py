@@ -97,12 +97,9 @@ def _signs_and_partners(splits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def _column_block(columns: Tensor, signs: Tensor, partner: Tensor, block: slice) -> Tensor:
     """The share of the columns `block` of K in the sums above. columns: K[..., block] (B, 2n, |block|) -> (B, P)."""
-    quadratic = torch.linalg.vecdot((signs @ columns).double(), signs[..., block].double())
+    quadratic = ((signs @ columns) * signs[..., block]).sum(-1, dtype=torch.float64)
     # Each pair is met from both of its ends, which is the factor 2.
-    n_draws, n_perm = partner.shape[:2]
-    draw = torch.arange(n_draws, device=columns.device).view(-1, 1, 1)
-    column = torch.arange(columns.shape[-1], device=columns.device)
-    paired = columns[draw.expand(n_draws, n_perm, 1), partner[..., block], column].double().sum(-1)
+    paired = columns.gather(1, partner[..., block]).sum(-1, dtype=torch.float64)
     return quadratic + paired
 
 
