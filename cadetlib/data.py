@@ -3,6 +3,8 @@
 A set is found under the data root (the environment variable CADET_DATA, else data/ in the checkout); what is missing is said
 with the step that gets it, and nothing is ever put in its place. `digits` needs no files: scikit-learn carries it.
 
+A colon adds a corruption and its severity: `cifar10-test:jpeg-1` is the set made from `cifar10-test`, image by image.
+
     python -m cadetlib.data check cifar10-test svhn-test    what is there, what is missing, what to do
     python -m cadetlib.data download cifar10-test           torchvision's downloads, checksummed
 """
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadetlib import checks
+from cadetlib import checks, corruptions
 from cadetlib.views import resize_to
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -242,12 +244,17 @@ SOURCES: dict[str, _Source] = {
 
 
 def load(name: str, download: bool = False) -> ImageSet:
-    """The image set of that name, one of SOURCES. FileNotFoundError says where it was looked for and how to get it,
-    ValueError what is wrong with the files that are there.
+    """The image set of that name, one of SOURCES, after a colon with a corruption. FileNotFoundError says where it was looked
+    for and how to get it, ValueError what is wrong with the files that are there.
 
     >>> len(load("digits"))
     1797
+    >>> load("digits:gaussian_blur-2").name
+    'digits:gaussian_blur-2'
     """
+    name, _, shift = name.partition(":")
+    if shift:
+        return _corrupted(load(name, download), shift)
     if name not in SOURCES:
         raise ValueError(f"data: found no set named {name!r}, expected one of {list(SOURCES)}")
     source = SOURCES[name]
@@ -260,6 +267,18 @@ def load(name: str, download: bool = False) -> ImageSet:
         raise ValueError(
             f"{name}: found no readable files ({error}), expected whole ones below {root()}; to get them, {step}"
         ) from error
+
+
+def _corrupted(images: ImageSet, shift: str) -> ImageSet:
+    """The set after the corruption "name-severity"."""
+    kind, _, severity = shift.rpartition("-")
+    if kind not in corruptions.SEVERITIES or severity not in list("12345"):
+        known = ", ".join(corruptions.SEVERITIES)
+        raise ValueError(
+            f"data: found {images.name}:{shift}, expected a corruption ({known}) and its severity, as in {images.name}:jpeg-1"
+        )
+    made = corruptions.corrupt(images.images, kind, int(severity))
+    return replace(images, name=f"{images.name}:{shift}", images=made)
 
 
 def _tried(names: Sequence[str]) -> dict[str, ImageSet | FileNotFoundError]:

@@ -22,6 +22,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from cadetlib import checks
 
+FORMAT = "cadetlib.encoder"  # what its files say they are
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
@@ -187,9 +188,12 @@ def save_encoder(encoder: ResNet, path: str | Path, half: bool = False, head: nn
     tensors = encoder.state_dict()
     if head is not None:
         tensors = {**tensors, **{f"classifier.{k}": v for k, v in head.state_dict().items()}}
-    if half:
-        tensors = {k: checks.finite(v.half(), f"{k} as float16") if v.is_floating_point() else v for k, v in tensors.items()}
-    return write_safetensors(path, tensors, "cadetlib.encoder", config=json.dumps(encoder.config), **about)
+    return write_safetensors(path, halved(tensors) if half else tensors, FORMAT, config=json.dumps(encoder.config), **about)
+
+
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as float16, half the size; ValueError when one does not fit."""
+    return {k: checks.finite(v.half(), f"{k} as float16") if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, **about: Any) -> Path:
@@ -226,7 +230,7 @@ def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], di
 
 
 def _load_resnet(path: Path) -> tuple[ResNet, nn.Linear | None]:
-    tensors, metadata = read_safetensors(path, "cadetlib.encoder")
+    tensors, metadata = read_safetensors(path, FORMAT)
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")}
     head = None

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ OPERATION = (
     "knn_every",
     "knn_data",
     "knn_images",
+    "snapshots",
     "max_steps",
 )  # may change between runs
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
@@ -88,6 +90,7 @@ class Settings:
     knn_every: int = 0  # epochs between kNN evaluations; 0: none
     knn_data: str = ""  # held-out labelled set of the kNN evaluation
     knn_images: int = 2000  # at most so many of it, and five times as many to look among
+    snapshots: list[int] = field(default_factory=list)  # epochs after which the encoder is kept beside the final one
     max_steps: int = 0  # stop after so many steps, to try a configuration; 0: run to the end
 
     def __post_init__(self) -> None:
@@ -234,13 +237,22 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def refuse_other_settings(found: dict[str, Any], settings: Settings) -> None:
-    """ValueError naming each setting in which a checkpoint differs from this run; those of OPERATION may differ."""
-    expected = asdict(settings)
-    different = [k for k in expected if k not in OPERATION and found.get(k) != expected[k]]
-    if different:
-        listed = ", ".join(f"{k} {found.get(k)!r} (checkpoint) and {expected[k]!r} (now)" for k in different)
-        raise ValueError(f"resume: found {listed}; expected equal settings: restore them, or choose another output folder")
+def different_settings(found: Mapping[str, Any], settings: Settings) -> list[str]:
+    """What a finished or interrupted run was told otherwise, "name value and value now"; those of OPERATION may differ.
+
+    A setting that an older run did not know yet had its default.
+    """
+    expected, known = asdict(settings), asdict(Settings()) | dict(found)
+    decisive = [k for k in expected if k not in OPERATION and known[k] != expected[k]]
+    return [f"{k} {known[k]!r} (then) and {expected[k]!r} (now)" for k in decisive]
+
+
+def refuse_other_settings(found: Mapping[str, Any], settings: Settings) -> None:
+    """ValueError naming each setting in which a checkpoint differs from this run."""
+    if different := different_settings(found, settings):
+        raise ValueError(
+            f"resume: found {', '.join(different)}; expected equal settings: restore them, or choose another output folder"
+        )
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------
@@ -474,6 +486,8 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
         if held_out is not None and finished_epoch and (done % settings.knn_every == 0 or step == last_step):
             log.write(step=step, epoch=float(done), knn_accuracy=_knn(model.encoder, images, held_out, settings))
             began, began_step = time.perf_counter(), step
+        if finished_epoch and done in settings.snapshots and _is_first():
+            encoders.save_encoder(model.encoder, snapshot_file(folder, done), half=True, steps=step)
         asked = stop.agreed(device)
         if asked or step == end or (finished_epoch and done % settings.checkpoint_every == 0):
             save()
@@ -482,10 +496,19 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             return PREEMPTED
     if _is_first() and step == last_step:
         head = model.head if isinstance(model.head, nn.Linear) else None
-        encoders.save_encoder(
-            model.encoder, folder / "encoder.safetensors", head=head, steps=step, settings=json.dumps(asdict(settings))
-        )
+        told = json.dumps({k: v for k, v in asdict(settings).items() if k != "output"})  # a folder is nobody else's business
+        encoders.save_encoder(model.encoder, folder / "encoder.safetensors", head=head, steps=step, settings=told)
     return 0
+
+
+def snapshot_file(folder: Path, epoch: int) -> Path:
+    """Where a run keeps its encoder as it was after an epoch."""
+    return folder / f"encoder-epoch-{epoch:04d}.safetensors"
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The encoders that a run kept on its way: epoch -> file."""
+    return {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.glob("encoder-epoch-*.safetensors"))}
 
 
 def _over_processes(value: Tensor, of_sum: bool) -> float:
@@ -568,19 +591,45 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
     return Settings(objective=objective, **parameters.validate(defaults, chosen))
 
 
+def run_folder(settings: Settings) -> Path:
+    """Where a run belongs: its `output`, with a digest of all settings that are decisive and not the default.
+
+    So a run that was interrupted is found again, one with other settings begins anew, and a finished one is not repeated.
+    """
+    defaults = asdict(Settings())
+    decisive = {k: v for k, v in asdict(settings).items() if k not in OPERATION and v != defaults[k]}
+    return Path(f"{settings.output}-{record.digest(decisive)[:8]}")
+
+
+def obtain(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
+    """The folder of a finished run with these parameters: this user's own; else the one that the project keeps; else trained now.
+
+    What the project keeps of a profile lies in outputs/reference/<profile>/pretraining/<objective>. Its file is used only when
+    its digest is right and it was trained with just these settings, and it is said that it was used.
+    """
+    settings = settings_from(given, objective)
+    kept = record.checkout() / "outputs" / "reference" / str(given.get("profile", "digits")) / "pretraining" / objective
+    if (run_folder(settings) / "encoder.safetensors").is_file() or not (kept / "encoder.safetensors").is_file():
+        return launch(given, objective)
+    _, about = encoders.read_safetensors(kept / "encoder.safetensors", encoders.FORMAT)  # compares its digest
+    if different := different_settings(json.loads(about["settings"]), settings):
+        print(f"{objective}: the encoder that the project keeps was trained otherwise ({', '.join(different)}): training anew")
+        return launch(given, objective)
+    print(f"{objective}: taking the encoder that the project keeps, trained with these settings. To train your own instead, run")
+    print(f"  {record.interpreter()} -m cadetlib.pretrain --params params/{kept.parents[1].name}/01_pretraining.yaml")
+    return Path(shutil.copytree(kept, f"{settings.output}-kept", dirs_exist_ok=True))
+
+
 def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     """Train in a subprocess of its own with these parameters, its lines printed here; returns the folder of the run.
 
-    The folder's name carries a digest of the settings: a run that was interrupted is found again, one with other settings
-    begins anew, and a finished one is not repeated.
+    A finished run is found in its `run_folder` and not repeated.
     `processes` > 1 starts that many with torchrun. The child's environment holds no distributed variables, and interrupting
     this call, or the end of this process, ends the whole group. RuntimeError when the training did not finish.
     """
     import yaml
 
-    settings = settings_from(given, objective)
-    decisive = {k: v for k, v in asdict(settings).items() if k not in OPERATION}
-    folder = Path(f"{settings.output}-{record.digest(decisive)[:8]}")
+    folder = run_folder(settings_from(given, objective))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "parameters.yaml"
     file.write_text(yaml.safe_dump(dict(given), sort_keys=False))
@@ -628,11 +677,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line: reads settings, joins torchrun's processes when there are any, trains."""
     parser = argparse.ArgumentParser(prog="python -m cadetlib.pretrain", description="Pretrain an encoder; resumes by itself.")
     parser.add_argument("--params", required=True, type=Path, help="YAML file of a profile's 01_pretraining")
-    parser.add_argument("--output", help="folder of this run; default: <results of the profile>/pretraining/<objective>")
+    parser.add_argument("--output", help="folder of this run; default: the one in which notebook 01 looks for it")
     parser.add_argument("--objective", default="contrastive", choices=("contrastive", "supervised"))
     chosen = parser.parse_args(arguments)
     settings = settings_from(parameters.read_yaml(chosen.params), chosen.objective)
-    settings = replace(settings, output=chosen.output or settings.output)
+    settings = replace(settings, output=chosen.output or str(run_folder(settings)))
     # Only torchrun's own variables count: RANK and WORLD_SIZE may be left over from something else.
     if distributed.is_available() and distributed.is_torchelastic_launched():
         backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import nn
 
-from cadetlib import data, encoders, pretrain
+from cadetlib import data, encoders, keep, pretrain
 from cadetlib.pretrain import Settings
 
 TINY = dict(
@@ -72,7 +72,7 @@ def run(folder, *signals, variables=None, target=run_and_exit):
 
 
 def run_folder(folder):
-    return folder / "pretraining" / "contrastive"
+    return pretrain.run_folder(pretrain.settings_from(TINY | dict(output=str(folder))))
 
 
 def exit_codes(processes):
@@ -316,18 +316,74 @@ def test_checkpoints_on_disk(uninterrupted):
 
 def test_other_settings_are_refused_by_name(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"tau 0\.1 \(checkpoint\) and 0\.5 \(now\), seed 3 \(checkpoint\) and 4 \(now\)"):
+    with pytest.raises(ValueError, match=r"tau 0\.1 \(then\) and 0\.5 \(now\), seed 3 \(then\) and 4 \(now\)"):
         pretrain.train(settings(folder, tau=0.5, seed=4))
 
 
 def test_operational_settings_may_change(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     sorted(folder.glob("checkpoint-*.pt"))[-1].unlink()
-    other = dict(log_every=4, checkpoint_every=3, knn_every=1, knn_data="digits", knn_images=20, max_steps=34)
+    other = dict(log_every=4, checkpoint_every=3, knn_every=1, knn_data="digits", knn_images=20, max_steps=34, snapshots=[])
     assert {"output", *other} == set(pretrain.OPERATION)
     assert pretrain.train(settings(folder, **other)) == 0
     assert last_checkpoint(folder)["step"] == 34
     assert steps_logged(folder) == [*range(1, 31), 32, 34]
+
+
+def test_a_setting_that_an_older_run_did_not_know_had_its_default(uninterrupted, tmp_path):
+    then = {k: v for k, v in settings(tmp_path).__dict__.items() if k not in ("flip", "batch_size")}
+    assert pretrain.different_settings(then, settings(tmp_path)) == ["batch_size 1024 (then) and 128 (now)"]
+
+
+MILD = TINY | dict(optimizer="adamw", learning_rate=0.001, epochs=2, snapshots=[1, 2])  # its weights fit float16
+
+
+@pytest.fixture(scope="module")
+def mild(tmp_path_factory):
+    """The folder of a run of two epochs that kept its encoder after each."""
+    folder = tmp_path_factory.mktemp("mild")
+    assert pretrain.train(Settings(output=str(folder), **MILD)) == 0
+    return folder
+
+
+def test_snapshots_are_the_encoder_on_its_way(mild):
+    assert list(pretrain.snapshots(mild)) == [1, 2]
+    first, second = (encoders.load_encoder(file).state_dict() for file in pretrain.snapshots(mild).values())
+    last = encoders.load_encoder(mild / "encoder.safetensors").state_dict()
+    assert all(torch.allclose(last[k].float(), second[k].float(), rtol=1e-3, atol=1e-6) for k in last)
+    assert not torch.allclose(first["conv1.weight"], second["conv1.weight"], rtol=1e-3)
+
+
+# --- an encoder that the project keeps ------------------------------------------------------------------------------------
+
+
+def kept_in(checkout, run):
+    """A checkout that keeps the encoder of a finished run for the profile digits."""
+    return keep.keep_encoder(run, checkout / "outputs" / "reference" / "digits" / "pretraining" / "contrastive").parent
+
+
+def test_a_kept_encoder_is_taken_where_none_was_trained(mild, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CADET_ROOT", str(tmp_path))
+    monkeypatch.setattr(pretrain, "launch", lambda *_: "trained")
+    given = MILD | dict(profile="digits")
+    assert pretrain.obtain(given) == "trained"
+    kept = kept_in(tmp_path, mild)
+    folder = pretrain.obtain(given)
+    assert folder.name == "contrastive-kept" and "taking the encoder that the project keeps" in capsys.readouterr().out
+    half, whole = (encoders.load_encoder(f / "encoder.safetensors").state_dict() for f in (folder, mild))
+    assert all(torch.equal(half[k], whole[k].half().float()) for k in half if whole[k].is_floating_point())
+    assert pretrain.read_log(folder / "log.jsonl") == pretrain.read_log(mild / "log.jsonl")
+
+    assert pretrain.obtain(given | dict(tau=0.3)) == "trained"
+    assert "tau 0.1 (then) and 0.3 (now)" in capsys.readouterr().out
+    file = kept / "encoder.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="does not match its digest"):
+        pretrain.obtain(given)
+    shutil.copytree(mild, pretrain.run_folder(pretrain.settings_from(given)))
+    assert pretrain.obtain(given) == "trained"  # the user's own comes first
 
 
 # --- runs that go wrong --------------------------------------------------------------------------------------------------

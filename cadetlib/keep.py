@@ -1,0 +1,69 @@
+"""Keep what a profile's run gave, small enough for git: results, figures, the report and, as float16, the contrastive encoder.
+
+    python -m cadetlib.keep PROFILE [--encoder-only]        from outputs/PROFILE to outputs/reference/PROFILE
+
+An encoder that is kept is what notebook 01 offers to those who have not trained one. Its float16 weights are not quite the
+trained ones, so: keep the encoder first, run the notebooks with it, then keep their results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from cadetlib import encoders, record
+
+LARGEST = {".safetensors": 8 * 2**20, ".html": 3 * 2**20}  # bytes
+LARGEST_ELSE = 2**20
+
+
+def keep_encoder(run: Path, kept: Path) -> Path:
+    """The encoder of a finished training run, as float16, with its log -> its file in the folder `kept`."""
+    tensors, about = encoders.read_safetensors(run / "encoder.safetensors", encoders.FORMAT)
+    about.pop("format")
+    file = encoders.write_safetensors(kept / "encoder.safetensors", encoders.halved(tensors), encoders.FORMAT, **about)
+    shutil.copy(run / "log.jsonl", kept / "log.jsonl")
+    return file
+
+
+def keep_results(folder: Path, kept: Path) -> list[Path]:
+    """The results, PNG figures and report of a results folder, each verified or complete -> their files in the folder `kept`."""
+    sources = [*sorted(folder.glob("[0-9][0-9]_*.json")), *sorted((folder / "figures").glob("*.png")), folder / "report.html"]
+    made = []
+    for source in sources:
+        if source.suffix == ".json":
+            record.read(source)
+        target = kept / source.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made.append(Path(shutil.copy(source, target)))
+    return made
+
+
+def too_large(files: list[Path]) -> list[str]:
+    """What git should not hold, with its size."""
+    sizes = [(file, file.stat().st_size) for file in files]
+    return [f"{file.name}: {size / 2**20:.1f} MiB" for file, size in sizes if size > LARGEST.get(file.suffix, LARGEST_ELSE)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of this module; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cadetlib.keep", description="Keep what a profile's run gave.")
+    parser.add_argument("profile")
+    parser.add_argument("--encoder-only", action="store_true", help="keep the encoder and leave the results as they are")
+    chosen = parser.parse_args(arguments)
+    folder, kept = record.output_folder(chosen.profile), record.checkout() / "outputs" / "reference" / chosen.profile
+    files = [] if chosen.encoder_only else keep_results(folder, kept)
+    trained = record.load(folder / "01_pretraining.json")[0]["encoders"]["contrastive"]
+    run = (folder / trained).parent
+    if not run.name.endswith("-kept"):
+        files.append(keep_encoder(run, kept / "pretraining" / "contrastive"))
+    for name in too_large(files):
+        print(f"too large for git: {name}", file=sys.stderr)
+    print(f"kept {len(files)} files in {kept}")
+    return 1 if too_large(files) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
