@@ -5,7 +5,8 @@ sample of the first half of a split and -1 for the second turn Eq. 4 into
 
     n (n - 1) MMD^2 = s^T K s - tr K + 2 sum_i k(X_i, Y_i),
 
-so that all permutations together are one matrix product. Subtracting the mean from Z leaves Eq. 4 as it is (a term f(i) + f(j)
+so that all permutations together are one matrix product: with S, one row of signs for each, s^T K s is the row of |S Z|^2 for
+one large test, and (S K) s for many small ones that share K. Subtracting the mean from Z leaves Eq. 4 as it is (a term f(i) + f(j)
 cancels, because each i and j occurs once with each sign) and saves the digits that float32 would lose.
 """
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from cadetlib import checks
 
+_BLOCKS = 8  # of rows of K in a large test: a ninth of the upper triangle more than needed is computed
 _TIE = 100  # two statistics that differ by fewer rounding errors than this are tied: small samples repeat splits exactly
 
 
@@ -79,14 +81,16 @@ def random_splits(n_draws: int, n_perm: int, size: int, generator: torch.Generat
 def split_statistics(gram: Tensor, splits: Tensor) -> Tensor:
     """Eq. 4 for every split at once, without its factor and trace: s^T K s + 2 sum_i k(X_i, Y_i).
 
-    gram: (B, 2n, m) any m columns of K, which begin at the first; splits: (B, P, 2n) -> (B, P) float64.
+    gram: (B, 2n, 2n); splits: (B, P, 2n) -> (B, P) float64.
     """
     signs, partner = _signs_and_partners(splits, gram.dtype)
-    return _column_block(gram, signs, partner, slice(0, gram.shape[-1]))
+    quadratic = ((signs @ gram) * signs).sum(-1, dtype=torch.float64)
+    # Each pair is met from both of its ends, which is the factor 2.
+    return quadratic + gram.gather(1, partner).sum(-1, dtype=torch.float64)
 
 
 def _signs_and_partners(splits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For each split and sample: the side it is on (+1, -1) and the sample it is paired with; both (B, P, 2n)."""
+    """For each split and sample: the side it is on (+1, -1) and the sample it is paired with; both like `splits` (..., 2n)."""
     n = splits.shape[-1] // 2
     side = torch.ones(2 * n, dtype=dtype, device=splits.device)
     side[n:] = -1
@@ -95,27 +99,31 @@ def _signs_and_partners(splits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     return signs, partner
 
 
-def _column_block(columns: Tensor, signs: Tensor, partner: Tensor, block: slice) -> Tensor:
-    """The share of the columns `block` of K in the sums above. columns: K[..., block] (B, 2n, |block|) -> (B, P)."""
-    quadratic = ((signs @ columns) * signs[..., block]).sum(-1, dtype=torch.float64)
-    # Each pair is met from both of its ends, which is the factor 2.
-    paired = columns.gather(1, partner[..., block]).sum(-1, dtype=torch.float64)
-    return quadratic + paired
+def _paired_sums(z: Tensor, partner: Tensor, step: int) -> Tensor:
+    """2 sum_i k(X_i, Y_i) of each split from the upper triangle of K, `step` rows at a time: (2n, D), (P, 2n) -> (P,) float64."""
+    total = torch.zeros(len(partner), dtype=torch.float64, device=z.device)
+    for start in range(0, len(z), step):
+        rows = z[start : start + step]
+        columns = z[start:] @ rows.T  # K is symmetric
+        mate = partner[:, start : start + step] - start
+        # A pair within the block is met from both of its ends, one that leads out of it from here alone (below 0: before).
+        times = (mate >= 0).to(z.dtype) + (mate >= len(rows))
+        total += (columns.gather(0, mate.clamp(min=0)) * times).sum(-1, dtype=torch.float64)
+    return total
 
 
-def _null(z: Tensor, n_perm: int, seed: int, max_bytes: int) -> Tensor:
+def _null(z: Tensor, trace: float, n_perm: int, seed: int, max_bytes: int) -> Tensor:
     """Eq. 4 for `n_perm` random splits of the rows of z (2n, D), K built `max_bytes` at a time -> (n_perm,) float64."""
     size = len(z)
     n = size // 2
-    generator = torch.Generator().manual_seed(seed)
-    splits = random_splits(1, n_perm, size, generator).to(z.device)
-    signs, partner = _signs_and_partners(splits, z.dtype)
-    step = max(1, min(size, max_bytes // (size * z.element_size())))
-    total = torch.zeros(1, n_perm, dtype=torch.float64, device=z.device)
-    for start in range(0, size, step):
-        block = slice(start, min(start + step, size))
-        total += _column_block((z @ z[block].T)[None], signs, partner, block)
-    return (total[0] - (z.double() ** 2).sum()) / (n * (n - 1))
+    splits = random_splits(1, n_perm, size, torch.Generator().manual_seed(seed)).to(z.device)
+    step = max(1, min(max(256, -(-size // _BLOCKS)), max_bytes // (size * z.element_size())))
+    if size <= min(step, z.shape[1]):  # K is whole in one block and no larger than Z
+        sums = split_statistics((z @ z.T)[None], splits)[0]
+    else:
+        signs, partner = _signs_and_partners(splits[0], z.dtype)
+        sums = (signs @ z).square().sum(-1, dtype=torch.float64) + _paired_sums(z, partner, step)
+    return (sums - trace) / (n * (n - 1))
 
 
 def _tie_width(spread: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -125,9 +133,9 @@ def _tie_width(spread: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _result(statistic: float, z: Tensor, n_perm: int, seed: int, max_bytes: int) -> TestResult:
-    n = len(z) // 2
-    null = _null(z, n_perm, seed, max_bytes)
-    tie = _tie_width((z.double() ** 2).sum(1).mean(), n, z.dtype)
+    squares = torch.linalg.vecdot(z, z).double()  # the diagonal of K
+    null = _null(z, float(squares.sum()), n_perm, seed, max_bytes)
+    tie = _tie_width(squares.mean(), len(z) // 2, z.dtype)
     null = torch.where((null - statistic).abs() <= tie, torch.full_like(null, statistic), null).cpu()
     return TestResult(statistic, (1 + int((null >= statistic).sum())) / (1 + n_perm), null)
 

@@ -43,10 +43,10 @@ def test_mmd2_ignores_scale_and_joint_order(seed, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("max_bytes", [2**30, 200])
-def test_null_values_are_equation_4_of_the_splits(dtype, max_bytes):
-    """Every null value is Eq. 4 of its split, whether the Gram matrix is whole or built a few columns at a time."""
-    x, y = sample(7, dtype=dtype), sample(7, seed=1, shift=0.3, dtype=dtype)
+@pytest.mark.parametrize(("dim", "max_bytes"), [(5, 2**30), (5, 200), (20, 2**30), (20, 200)])
+def test_null_values_are_equation_4_of_the_splits(dtype, dim, max_bytes):
+    """Every null value is Eq. 4 of its split, whether the Gram matrix is whole or its upper triangle comes in blocks."""
+    x, y = sample(7, dim, dtype=dtype), sample(7, dim, seed=1, shift=0.3, dtype=dtype)
     result = mmd.mmd_test(x, y, n_perm=25, seed=3, max_bytes=max_bytes)
     splits = mmd.random_splits(1, 25, 14, torch.Generator().manual_seed(3))[0]
     pooled = torch.cat([x, y]).double()
@@ -54,6 +54,21 @@ def test_null_values_are_equation_4_of_the_splits(dtype, max_bytes):
     np.testing.assert_allclose(result.null, expected, atol=1e-6 if dtype == torch.float32 else 1e-12)
     assert result.statistic == pytest.approx(paper_mmd2(x, y), abs=1e-12)
     assert result.p_value == (1 + (np.asarray(expected) >= result.statistic).sum()) / 26
+
+
+def test_large_tests_are_the_double_precision_sums():
+    """float32 at n = 300, several blocks: every null value to rounding, and the p-value, as float64 sums over whole matrices."""
+    x, y = sample(300, 40, dtype=torch.float32), sample(300, 40, seed=1, shift=0.05, dtype=torch.float32)
+    result = mmd.mmd_test(x, y, n_perm=60, seed=2)
+    z = torch.nn.functional.normalize(torch.cat([x, y]).double(), dim=-1)
+    k = z @ z.T
+    null = []
+    for split in mmd.random_splits(1, 60, 600, torch.Generator().manual_seed(2))[0]:
+        a, b = split[:300], split[300:]
+        within, across = k[a][:, a] + k[b][:, b], k[a][:, b]
+        null.append(float(within.sum() - within.trace() - 2 * (across.sum() - across.trace())) / (300 * 299))
+    np.testing.assert_allclose(result.null, null, atol=1e-8)
+    assert result.p_value == (1 + (np.array(null) >= result.statistic).sum()) / 61
 
 
 def test_mmd_cc_follows_algorithm_1():
