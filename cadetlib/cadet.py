@@ -10,18 +10,17 @@ Algorithms 2 and 3 with their sums in closed form; the arithmetic of views and e
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cadetlib import checks, embed, encoders
+from cadetlib import checks, embed, encoders, thresholds
 from cadetlib.views import EvalViews
 
 TIES = ("paper", "conservative")
-_FORMAT = "cadetlib.detector"
+FORMAT = "cadetlib.detector"
 _ROUNDING = 1e-10  # equal embeddings spread less, in spite of float32's rounding; those of different images far more
 
 
@@ -42,6 +41,14 @@ def view_similarities(z: Any, mu: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"mu: found shape {tuple(mu.shape)}, expected ({z.shape[2]},), the dimension of z's embeddings")
     m_in, means = embed.sums_of_views(z, (z.shape[1],))
     return m_in[:, 0], means[:, 0] @ mu
+
+
+def out_similarity(means: Tensor, mu: Tensor) -> Tensor:
+    """m_out of Eq. 5 from mean unit embeddings (N, D) and mu (D,) -> (N,) float64.
+
+    Row by row, where a matrix product would round an image's value by how many others there are: copies of an image tie.
+    """
+    return (means.double() * mu).sum(dim=-1)
 
 
 def gamma(m_in: Tensor, m_out: Tensor) -> float:
@@ -121,7 +128,10 @@ class CADet:
         """`fit` from view sums already made, with at least n_views in their grid."""
         mu = reference.at(self.n_views)[1].double().mean(dim=0)
         m_in, means = calibration.at(self.n_views)
-        m_out = means.double() @ mu
+        return self.fit_similarities(mu, m_in, out_similarity(means, mu))
+
+    def fit_similarities(self, mu: Tensor, m_in: Tensor, m_out: Tensor) -> CADet:
+        """`fit` from mu (D,) and the calibration images' similarities to it and among their views, (n,) each."""
         weight = gamma(m_in, m_out)
         self.mu_, self.gamma_, self.calibration_scores_ = mu, weight, m_in + weight * m_out
         return self
@@ -134,7 +144,7 @@ class CADet:
     def similarities_of_sums(self, sums: embed.ViewSums) -> tuple[Tensor, Tensor]:
         """`similarities` from view sums already made."""
         m_in, means = sums.at(self.n_views)
-        return m_in, means.double() @ self.mu_
+        return m_in, out_similarity(means, self.mu_)
 
     def score_samples(self, images: Any) -> Tensor:
         """Eq. 6: m_in + gamma m_out of each image, (N,) float64; larger = more in-distribution."""
@@ -152,16 +162,17 @@ class CADet:
         scores = self.score_samples(images)
         return p_values(self.calibration_scores_, scores, self.ties)
 
-    def predict(self, images: Any, alpha: float = 0.05) -> Tensor:
-        """(N,) bool, True = anomaly (p-value <= alpha): of fresh in-distribution images, a share of alpha on average."""
+    def predict(self, images: Any, alpha: float = 0.05, threshold: Any = None) -> Tensor:
+        """(N,) bool, True = anomaly (p-value <= alpha): of fresh in-distribution images, a share of alpha on average.
+
+        threshold: instead of alpha, one that was kept for this very detector: the path of its JSON file, or what it holds.
+        """
         checks.in_open_interval(alpha, "alpha")
         self._check_fitted()
-        n = len(self.calibration_scores_)
-        if alpha < 1 / (n + 1):
-            raise ValueError(
-                f"alpha: found {alpha} with {n} calibration images, whose smallest p-value is {1 / (n + 1):.3g}, so nothing "
-                f"could ever be flagged; expected a larger alpha, or at least {math.ceil(1 / alpha) - 1} calibration images"
-            )
+        if threshold is not None:
+            alpha = thresholds.read(threshold, self.fingerprint()).threshold
+        else:
+            thresholds.reachable(alpha, len(self.calibration_scores_))
         return self.p_values(images) <= alpha
 
     def _check_fitted(self) -> None:
@@ -180,23 +191,25 @@ class CADet:
             ties=self.ties,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the fitted detector (not its encoder) as safetensors, atomically."""
+    def _fitted(self) -> dict[str, Tensor]:
         self._check_fitted()
-        tensors = {
-            "mu": self.mu_,
-            "gamma": torch.tensor(self.gamma_, dtype=torch.float64),
-            "calibration_scores": self.calibration_scores_,
-            "signature": embed.signature(self.encoder, self.image_size),
-        }
-        encoders.write_safetensors(
-            path, tensors, _FORMAT, settings=json.dumps(self.settings()), encoder=encoders.fingerprint(self.encoder)
-        )
+        weight = torch.tensor(self.gamma_, dtype=torch.float64)
+        return {"mu": self.mu_, "gamma": weight, "calibration_scores": self.calibration_scores_}
+
+    def fingerprint(self) -> str:
+        """sha256 of all that determines a p-value besides the image: encoder, settings and what was fitted."""
+        return encoders._digest(self._fitted(), self.settings() | {"encoder": encoders.fingerprint(self.encoder)})
+
+    def save(self, path: str | Path, encoder_name: str = "") -> None:
+        """Write the fitted detector (not its encoder, but `encoder_name`, for `load_encoder`) as safetensors, atomically."""
+        tensors = self._fitted() | {"signature": embed.signature(self.encoder, self.image_size)}
+        about = dict(settings=json.dumps(self.settings()), encoder=encoders.fingerprint(self.encoder), encoder_name=encoder_name)
+        encoders.write_safetensors(path, tensors, FORMAT, **about)
 
     @classmethod
     def load(cls, path: str | Path, encoder: nn.Module, batch_size: int = 1024) -> CADet:
         """A saved detector with the encoder it was fitted with; ValueError for another encoder or a damaged or foreign file."""
-        tensors, metadata = encoders.read_safetensors(path, _FORMAT)
+        tensors, metadata = encoders.read_safetensors(path, FORMAT)
         found = encoders.fingerprint(encoder)
         if found != metadata["encoder"]:
             raise ValueError(

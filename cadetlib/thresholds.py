@@ -1,0 +1,181 @@
+"""A threshold on the p-value as something to decide, to defend and to keep: what it promises, what it does, and its file.
+
+Everything here is a look-up in sorted p-values. A curve is a mapping with `name`, `kind` ("in": in-distribution images; else
+anomalies) and `p_values`, sorted; the threshold explorer's curves also carry `scores` and `images`, in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadetlib import checks, metrics, record
+
+Row = Mapping[str, Any]
+_FORMAT = "cadetlib.threshold"
+
+
+def calibration_needed(alpha: float) -> int:
+    """The least number of calibration images with which a p-value can be as small as `alpha`: 1 / (n + 1) <= alpha.
+
+    >>> calibration_needed(0.05), calibration_needed(0.001)
+    (19, 999)
+    """
+    return max(1, math.ceil(1 / checks.in_open_interval(alpha, "alpha")) - 1)
+
+
+def reachable(alpha: float, n_calibration: int) -> float:
+    """`alpha`, unless so few calibration images could never give so small a p-value: ValueError says how many would."""
+    if checks.in_open_interval(alpha, "alpha") < 1 / (n_calibration + 1):
+        raise ValueError(
+            f"alpha: found {alpha} with {n_calibration} calibration images, whose smallest p-value is "
+            f"{1 / (n_calibration + 1):.3g}, so nothing could ever be flagged; expected a larger alpha, or at least "
+            f"{calibration_needed(alpha)} calibration images"
+        )
+    return float(alpha)
+
+
+def promised(n_calibration: int, threshold: float, level: float = 0.95) -> metrics.FalsePositiveRate:
+    """Expected false positive rate of "p <= threshold" and its interval over draws of the calibration images (Beta).
+
+    >>> promised(99, 1.0)
+    FalsePositiveRate(expected=1.0, low=1.0, high=1.0)
+    """
+    if threshold == 1:  # every p-value is at most 1
+        return metrics.FalsePositiveRate(1.0, 1.0, 1.0)
+    return metrics.beta_false_positive_interval(n_calibration, threshold, level)
+
+
+def n_flagged(curve: Row, threshold: float) -> int:
+    """How many of a curve's images have a p-value of at most `threshold`."""
+    return int(np.searchsorted(np.asarray(curve["p_values"]), threshold, side="right"))
+
+
+def operating_point(curves: Sequence[Row], n_calibration: int, threshold: float) -> dict[str, Any]:
+    """What a threshold does -> `expected` (see `promised`), `flagged`: name -> share, and `intervals`: name -> Clopper-Pearson's.
+
+    >>> curve = dict(name="test", kind="in", p_values=[0.1, 0.2, 0.6, 1.0])
+    >>> operating_point([curve], 9, 0.2)["flagged"]
+    {'test': 0.5}
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold: found {threshold}, expected a number in (0, 1]")
+    counts = {curve["name"]: (n_flagged(curve, threshold), len(curve["p_values"])) for curve in curves}
+    return {
+        "expected": promised(n_calibration, threshold),
+        "flagged": {name: k / n for name, (k, n) in counts.items()},
+        "intervals": {name: metrics.binomial_interval(k, n) for name, (k, n) in counts.items()},
+    }
+
+
+def score_at(calibration_scores: Sequence[float], threshold: float) -> float | None:
+    """The largest score that is flagged at `threshold` (Eq. 8 as printed); None where nothing is, infinity where everything is.
+
+    p <= threshold means that fewer than k = floor(threshold (n + 1)) calibration scores lie strictly below. Sorted ascending.
+    """
+    n = len(calibration_scores)
+    k = math.floor(threshold * (n + 1) * (1 + 1e-12))
+    return None if k < 1 else math.inf if k > n else float(calibration_scores[k - 1])
+
+
+def nearest(p_values: Sequence[float], threshold: float, most: int) -> tuple[list[int], list[int]]:
+    """Positions in sorted p-values of at most `most` flagged and as many not flagged, nearest the threshold first.
+
+    >>> nearest([0.1, 0.2, 0.3, 0.4], 0.25, 2)
+    ([1, 0], [2, 3])
+    """
+    cut = int(np.searchsorted(np.asarray(p_values), threshold, side="right"))
+    return list(range(cut - 1, max(-1, cut - 1 - most), -1)), list(range(cut, min(len(p_values), cut + most)))
+
+
+def thinned(p_values: Sequence[float], n: int) -> Any:
+    """n of the sorted p-values, evenly spread: the same distribution, fewer images."""
+    return np.asarray(p_values)[np.linspace(0, len(p_values) - 1, n).round().astype(int)]
+
+
+def batch_decision(normal: Sequence[float], odd: Sequence[float], threshold: float, q: float, share: float = 0.5) -> list[Row]:
+    """One batch with a `share` of anomalies, decided twice: p <= threshold, and Benjamini and Hochberg's rule at level q.
+
+    normal, odd: sorted p-values of in-distribution images and of anomalies; the batch is as large as they allow. -> two rows with
+    `rule`, `flagged`, `false_discovery_rate` (realised: false ones among the flagged, 0 when there are none), `found` and
+    `false_alarms` (shares of the anomalies and of the normal images flagged), `cut` (the largest p-value flagged, or None).
+    """
+    checks.in_open_interval(share, "share")
+    size = min(len(normal) / (1 - share), len(odd) / share)
+    n, m = max(1, round(size * (1 - share))), max(1, round(size * share))
+    p = np.concatenate([thinned(normal, min(n, len(normal))), thinned(odd, min(m, len(odd)))])
+    n = min(n, len(normal))
+    rules = {"p ≤ threshold": p <= threshold, "Benjamini–Hochberg": metrics.benjamini_hochberg(p, q)}
+    return [
+        dict(
+            rule=rule,
+            n=len(p),
+            flagged=int(flagged.sum()),
+            false_discovery_rate=float(flagged[:n].sum() / max(1, flagged.sum())),
+            found=float(flagged[n:].mean()),
+            false_alarms=float(flagged[:n].mean()),
+            cut=float(p[flagged].max()) if flagged.any() else None,
+        )
+        for rule, flagged in rules.items()
+    ]
+
+
+# --- a threshold that is kept -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold on one detector's p-values and what it guarantees, as it is written to a file."""
+
+    threshold: float  # flag when p <= threshold
+    detector: str  # fingerprint of the detector whose p-values it is about
+    n_calibration: int
+    expected: float  # false positive rate, the mean over draws of the calibration images
+    low: float  # its interval
+    high: float
+    level: float  # of the interval
+
+
+def guaranteed(threshold: float, detector: str, n_calibration: int, level: float = 0.95) -> Threshold:
+    """A threshold with its guarantees; ValueError when no image could ever be flagged at it."""
+    if threshold != 1:
+        reachable(threshold, n_calibration)
+    return Threshold(float(threshold), detector, n_calibration, *promised(n_calibration, threshold, level), level)
+
+
+def write(path: str | Path, threshold: Threshold, **about: Any) -> Path:
+    """Keep a threshold as JSON, atomically; `about` is kept with it for those who read it, such as what it found."""
+    document = {"format": _FORMAT, **dataclasses.asdict(threshold), **record.plain(about)}
+    return record.write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read(source: str | Path | Mapping[str, Any] | Threshold, detector: str) -> Threshold:
+    """A kept threshold (file, its content, or a Threshold) for the detector with this fingerprint.
+
+    ValueError for another detector's, whose p-values are others, and for what is no threshold.
+    """
+    name = str(source) if isinstance(source, str | Path) else "threshold"
+    try:
+        document = json.loads(Path(source).read_text()) if isinstance(source, str | Path) else source
+        if isinstance(document, Threshold):
+            document = {"format": _FORMAT, **dataclasses.asdict(document)}
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']!r}")
+        found = Threshold(**{field.name: document[field.name] for field in dataclasses.fields(Threshold)})
+        if not 0 < found.threshold <= 1:
+            raise ValueError(f"threshold {found.threshold}")
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{name}: found {error!r}, expected a threshold written by cadetlib.thresholds.write") from error
+    if found.detector != detector:
+        raise ValueError(
+            f"{name}: found a threshold of the detector {found.detector[:12]}, expected one of {detector[:12]}: p-values of "
+            "another detector mean something else; choose and save the threshold again with this one"
+        )
+    return found

@@ -1,0 +1,272 @@
+"""The command line on folders as users have them: every file has a line, a stopped table is gone on with, p-values hold."""
+
+import csv
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import nn
+
+from cadetlib import cadet, data, encoders, score, thresholds
+from cadetlib.cadet import CADet
+
+FORMATS = {"a.png": {}, "b.jpg": {}, "deep/er/c.webp": {}, "deep/d.tiff": {}, "e.gif": {}, "f.bmp": {}, "g.ppm": {}, "h.jp2": {}}
+ODD_NAMES = ['comma, and "quotes".png', "line\nend.PNG", "<b>bold</b>.png", os.fsdecode(b"latin-\xe9.png")]
+
+
+def picture(seed, side=20):
+    generator = np.random.default_rng(seed)
+    contrast = generator.uniform(0.1, 1, size=(1, 1, 3))
+    return Image.fromarray((255 * (0.5 + contrast * (generator.random((side, side + 4, 3)) - 0.5))).astype(np.uint8))
+
+
+def fill(folder, names, first_seed):
+    for seed, name in enumerate(names, first_seed):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An encoder, a detector made by `fit`, and folders of images in many formats, with damaged files among them."""
+    home = tmp_path_factory.mktemp("score")
+    torch.manual_seed(0)
+    encoders.save_encoder(encoders.ResNet("resnet10", width=4, stem="cifar", image_size=16), home / "encoder.safetensors")
+    fill(home / "reference", [f"{i}.png" for i in range(12)], 100)
+    fill(home / "calibration", [f"{i}.png" for i in range(39)], 200)
+    images = fill(home / "images", [*FORMATS, *ODD_NAMES, *(f"more/{i:02d}.png" for i in range(12))], 300)
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:150])
+    (images / "deep" / "empty.jpg").write_bytes(b"")
+    (images / "gone.png").symlink_to("nowhere.png")
+    (images / "notes.txt").write_text("no image")
+    (images / "deep" / "round").symlink_to(images, target_is_directory=True)
+    assert run("fit", home, "--n-views", 6, "--batch-size", 24, "--no-flip", "--seed", 5) == 0
+    return home
+
+
+def run(command, home, *more):
+    given = {
+        "fit": dict(encoder="encoder.safetensors", reference="reference", calibration="calibration", out="detector.safetensors"),
+        "score": dict(detector="detector.safetensors", images="images"),
+    }[command]
+    options = [text for name, file in given.items() for text in (f"--{name}", str(home / file))]
+    return score.main([command, *options, *map(str, more), "--batch-size", "24"])
+
+
+def table(path):
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def detector(home):
+    return CADet.load(home / "detector.safetensors", encoders.load_encoder(home / "encoder.safetensors"), 24)
+
+
+def test_fit_is_algorithm_2_on_the_folders(home, detector):
+    expected = CADet(detector.encoder, **detector.settings())
+    assert detector.settings() == dict(
+        n_views=6, crop_scale=0.75, image_size=16, seed=5, flip=False, dtype="float32", ties="paper"
+    )
+    expected.fit(*(data.folder_images(home / part, 16).images for part in ("reference", "calibration")))
+    torch.testing.assert_close(detector.mu_, expected.mu_, atol=1e-6, rtol=0)
+    assert detector.gamma_ == pytest.approx(expected.gamma_, rel=1e-4)
+    assert score.recorded_encoder(home / "detector.safetensors") == str(home / "encoder.safetensors")
+
+
+def test_every_file_has_its_line_with_the_library_s_numbers(home, detector, tmp_path, capfd):
+    out = tmp_path / "p.csv"
+    assert run("score", home, "--out", out, "--alpha", 0.2) == score.SOME_FAILED
+    rows = table(out)
+    failed = {"broken.png", "deep/empty.jpg", "gone.png"}
+    good = {*FORMATS, *ODD_NAMES, *(f"more/{i:02d}.png" for i in range(12))}
+    assert set(rows) == failed | good and next(iter(open(out, "rb"))) == b"path,score,m_in,m_out,p_value,flagged,error\n"
+    for path in good:
+        image = data.read_image(home / "images" / path, 16)[None]
+        m_in, m_out = (float(v) for v in detector.similarities(image))
+        row = {key: float(rows[path][key]) for key in ("score", "m_in", "m_out", "p_value")}
+        assert row == pytest.approx(
+            dict(score=m_in + detector.gamma_ * m_out, m_in=m_in, m_out=m_out, p_value=float(detector.p_values(image))), abs=1e-6
+        )
+        assert rows[path]["flagged"] == str(bool(detector.predict(image, 0.2))) and not rows[path]["error"]
+    assert {row["flagged"] for row in rows.values()} == {"True", "False", ""}
+    for path in failed:
+        assert rows[path]["error"] and not any(rows[path][key] for key in ("score", "p_value", "flagged"))
+    said = capfd.readouterr().err
+    assert "27 files, 24 scored" in said and "3 files could not be read" in said and "1 .txt" in said and "broken.png" in said
+
+
+def test_a_score_depends_on_its_image_alone_to_the_last_bit(home, detector, tmp_path, monkeypatch):
+    run("score", home, "--out", tmp_path / "a.csv", "--workers", 1)
+    monkeypatch.setattr(score, "_CHUNK", 5)
+    run("score", home, "--out", tmp_path / "b.csv", "--workers", 3)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    alone = fill(tmp_path / "alone", ["x.png"], 300)  # the pixels of a.png
+    run("score", home, "--out", tmp_path / "c.csv", "--images", alone)
+    assert table(tmp_path / "c.csv")["x.png"]["score"] == table(tmp_path / "a.csv")["a.png"]["score"]
+    run("score", home, "--out", tmp_path / "d.csv", "--images", home / "calibration")
+    again = sorted(float(row["score"]) for row in table(tmp_path / "d.csv").values())
+    assert again == detector.calibration_scores_.sort().values.tolist(), "copies of calibration images do not tie"
+
+
+@pytest.mark.parametrize("cut", [0, 9, "line"])
+def test_an_interrupted_table_is_gone_on_with(home, tmp_path, monkeypatch, cut, capfd):
+    monkeypatch.setattr(score, "_CHUNK", 4)
+    run("score", home, "--out", tmp_path / "whole.csv")
+    whole, out, append, calls = (tmp_path / "whole.csv").read_bytes(), tmp_path / "p.csv", score.Table.append, []
+
+    def stop_at_the_third(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(self, rows)
+
+    monkeypatch.setattr(score.Table, "append", stop_at_the_third)
+    assert run("score", home, "--out", out) == 130
+    written = out.read_bytes()
+    assert whole.startswith(written) and len(list(score.lines_of(out))) == 9
+    out.write_bytes(written[:-cut] if cut and cut != "line" else written + b'"half a na' if cut else written)
+    calls[:] = [0] * 3
+    assert run("score", home, "--out", out) == score.SOME_FAILED
+    assert out.read_bytes() == whole
+    assert sum(calls[3:]) == 27 - 8 + (cut == 9), "lines that were there were computed again"
+    assert run("score", home, "--out", out) == score.SOME_FAILED and out.read_bytes() == whole
+    capfd.readouterr()
+    assert run("score", home, "--out", out, "--alpha", 0.3) == 1 and "another threshold" in capfd.readouterr().err
+    assert run("score", home, "--out", out, "--images", home / "calibration") == 1
+    (tmp_path / "foreign.csv").write_text("mine\n1\n")
+    assert run("score", home, "--out", tmp_path / "foreign.csv") == 1 and (tmp_path / "foreign.csv").read_text() == "mine\n1\n"
+
+
+def test_no_more_than_two_chunks_are_held(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "_CHUNK", 4)
+    decode, append, held, most = score.decode, score.Table.append, [0], []
+
+    def count_in(*arguments):
+        held[0] += 1
+        most.append(held[0])
+        return decode(*arguments)
+
+    def count_out(self, rows):
+        held[0] -= len(rows)
+        append(self, rows)
+
+    monkeypatch.setattr(score, "decode", count_in)
+    monkeypatch.setattr(score.Table, "append", count_out)
+    run("score", home, "--out", tmp_path / "p.csv", "--workers", 1)
+    assert held == [0] and len(most) == 27 and max(most) <= 8
+
+
+class Blind(nn.Module):
+    """Sees nothing in dark images."""
+
+    def forward(self, images):
+        mean = images.mean(dim=(2, 3))
+        return torch.where(mean < 0.2, torch.nan, mean)
+
+
+def test_an_image_without_features_is_an_error_of_its_own():
+    detector = CADet(Blind(), n_views=3, image_size=8, batch_size=6)
+    light = torch.randint(100, 200, (3, 3, 8, 8), dtype=torch.uint8)
+    chunk = [score.Decoded(str(i), image) for i, image in enumerate([light[0], light[1] * 0, light[2]])]
+    found, sums = score.sums_of_chunk(detector, [*chunk, score.Decoded("x", None, "broken")])
+    assert [bool(item.error) for item in found] == [False, True, False, True] and "NaN" in found[1].error
+    torch.testing.assert_close(sums.means, detector.view_sums(light[[0, 2]]).means, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="NaN"):  # of all images: the encoder's fault
+        score.sums_of_chunk(detector, chunk[1:2])
+
+
+def test_the_gallery_is_one_page_of_the_smallest_scores(home, tmp_path):
+    page = tmp_path / "page.html"
+    run("score", home, "--out", tmp_path / "p.csv", "--gallery", page, "--gallery-size", 24)
+    text, rows = page.read_text(), table(tmp_path / "p.csv")
+    order = sorted((row for row in rows.values() if row["score"]), key=lambda row: float(row["score"]))
+    shown = [float(p) for p in re.findall(r"<b>p = ([\d.e-]+)</b>", text)]
+    assert shown == pytest.approx([float(row["p_value"]) for row in order], rel=1e-3) and len(shown) == 24
+    assert text.count('src="data:image/png;base64,') == 24 and not re.search("https?:|<script|<link|@import|url[(]", text)
+    assert str(home) not in text and "<b>bold" not in text and "&lt;b&gt;bold" in text and "3 files could not be read" in text
+
+
+def test_what_cannot_be_promised_is_refused_with_what_would_do(home, tmp_path, capfd):
+    assert run("score", home, "--out", tmp_path / "p.csv", "--alpha", 0.01) == 1
+    assert "at least 99 calibration images" in capfd.readouterr().err and not (tmp_path / "p.csv").exists()
+    assert run("fit", home, "--calibration", home / "reference") == 1 and "without a common image" in capfd.readouterr().err
+    assert run("score", home, "--out", tmp_path / "p.csv", "--images", home / "none") == 1
+    assert "found no folder" in capfd.readouterr().err
+    for alpha in (0.5, 0.3, 0.05, 0.01, 0.001, 1 / 3, 0.07):
+        needed = thresholds.calibration_needed(alpha)
+        assert 1 / (needed + 1) <= alpha and (needed == 1 or 1 / needed > alpha)
+
+
+def test_a_kept_threshold_is_accepted_for_its_detector_only(home, detector, tmp_path, capfd):
+    kept = thresholds.write(tmp_path / "t.json", thresholds.guaranteed(0.25, detector.fingerprint(), 39), note="chosen by eye")
+    out = tmp_path / "p.csv"
+    run("score", home, "--out", out, "--threshold", kept)
+    rows = [row for row in table(out).values() if row["flagged"]]
+    assert {row["flagged"] == "True" for row in rows if float(row["p_value"]) <= 0.25} == {True}
+    assert sum(row["flagged"] == "True" for row in rows) == sum(float(row["p_value"]) <= 0.25 for row in rows)
+    images = data.folder_images(home / "calibration", 16).images
+    assert torch.equal(detector.predict(images, threshold=kept), detector.p_values(images) <= 0.25)
+    other = CADet(detector.encoder, **detector.settings() | {"seed": 6})
+    other.mu_, other.gamma_, other.calibration_scores_ = detector.mu_, detector.gamma_, detector.calibration_scores_
+    with pytest.raises(ValueError, match="another detector"):
+        other.predict(images, threshold=kept)
+    for damaged in ("{}", "[1]", "no json", kept.read_text().replace("0.25", "2.5")):
+        (tmp_path / "bad.json").write_text(damaged)
+        with pytest.raises(ValueError, match="expected a threshold written by"):
+            detector.predict(images, threshold=tmp_path / "bad.json")
+    assert run("score", home, "--out", out, "--threshold", kept, "--alpha", 0.1) == 1 and "one of them" in capfd.readouterr().err
+
+
+# --- p-values hold --------------------------------------------------------------------------------------------------------
+
+
+def chi_square(p_values, n_calibration):
+    """Are p-values uniform on {1, ..., n + 1} / (n + 1)? The test's own p-value."""
+    ranks = np.rint(np.asarray(p_values) * (n_calibration + 1)).astype(int) - 1
+    return stats.chisquare(np.bincount(ranks, minlength=n_calibration + 1)).pvalue
+
+
+def test_p_values_of_fresh_scores_are_uniform():
+    generator = np.random.default_rng(1)
+    draws = generator.gumbel(size=(6000, 20))
+    p = [float(cadet.p_values(row[1:], row[:1])[0]) for row in draws]
+    assert chi_square(p, 19) > 0.001
+    for alpha in (0.05, 0.1, 0.5):
+        assert stats.binomtest(int(np.sum(np.array(p) <= alpha)), len(p), alpha).pvalue > 0.001
+    # One calibration set, many images: the share flagged follows the Beta distribution that the interval is of.
+    fresh = stats.gumbel_r.ppf((np.arange(2000) + 0.5) / 2000)
+    shares = np.array([float((cadet.p_values(row[1:], fresh) <= 0.1).double().mean()) for row in draws[:1000]])
+    low, high = thresholds.promised(19, 0.1)[1:]
+    assert stats.binomtest(int(np.sum((shares >= low) & (shares <= high))), 1000, 0.95).pvalue > 0.001
+
+
+def test_equal_scores_keep_the_level_with_the_conservative_rule_only():
+    draws = np.random.default_rng(2).integers(3, size=(3000, 20)).astype(float)  # three values: ties everywhere
+    shares = {
+        ties: [np.mean([float(cadet.p_values(row[1:], row[:1], ties)[0]) <= alpha for row in draws]) for alpha in (0.05, 0.35)]
+        for ties in cadet.TIES
+    }
+    assert all(share <= alpha for share, alpha in zip(shares["conservative"], (0.05, 0.35), strict=True))
+    assert shares["paper"][0] > 0.3, "Eq. 8 as printed counts ties in favour of an anomaly: expected far more than 5 %"
+
+
+def test_p_values_of_a_real_encoder_are_uniform_over_splits():
+    torch.manual_seed(1)
+    encoder = encoders.ResNet("resnet10", width=4, stem="cifar", image_size=16)
+    digits = data.load("digits-test").resized(16).images[:120]
+    detector = CADet(encoder, n_views=4, image_size=16, flip=False)
+    sums = detector.view_sums(digits)
+    order = torch.rand(4000, len(digits), generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    p = []
+    for split in order:
+        reference, calibration, test = split[:15], split[15:54], split[54:55]
+        detector.fit_sums(sums[reference], sums[calibration])
+        p += cadet.p_values(detector.calibration_scores_, detector.score_sums(sums[test])).tolist()
+    assert chi_square(p, 39) > 0.001
