@@ -269,6 +269,11 @@ def load_classifier(path: str | Path) -> Classifier:
     return Classifier(encoder, head).eval()
 
 
+def head_of(file: str | Path) -> nn.Linear | None:
+    """The classifier's linear head that a file of this project holds beside its encoder; None when it holds none."""
+    return _load_resnet(Path(file))[1]
+
+
 def _torchvision_encoder(name: str) -> nn.Module:
     from torchvision import models
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cadetlib import attacks, cadet, checks, data, embed, encoders, metrics, mmd, probe
+from cadetlib import attacks, cadet, checks, cifar_resnet, data, embed, encoders, metrics, mmd, probe, two_sample
 from cadetlib.views import EvalViews, resize_to
 
 ATTACK_NAMES = {"fgsm": "FGSM", "pgd": "PGD", "cw_l2": "CW-L2", "cw_l2_ball": "CW-L2-ball", "cw_linf": "CW-Linf"}
+IN_DISTRIBUTION = "in-distribution"  # the name of the held-out images among the sets
 Row = dict[str, Any]
 Pair = tuple[Tensor, Tensor]  # scores of in-distribution test images and of anomalies
 
@@ -49,31 +51,74 @@ def rejection_rates(
     n_perm: int = 500,
     alpha: float = 0.05,
     seed: int = 0,
+    paired: Collection[str] = (),
 ) -> list[Row]:
     """Table 1: how often MMD and MMD-CC reject at `alpha`, over draws of n samples from finite pools of embeddings.
 
     reference: (N, D), the pool of S_P(1) and S_P(2); others: name -> (M, D), the pool of S_Q. A row "no shift" takes S_Q from
-    the reference as well: the type-I error. Draws from a finite pool overlap, so the interval (Clopper-Pearson) is about the
-    draws and not about other pools. Each row keeps its p-values.
+    the reference as well: the type-I error. paired: names of pools that were made from the reference image by image, of which
+    no image is drawn together with its original. Draws from a finite pool overlap, so the interval (Clopper-Pearson) is about
+    the draws and not about other pools. Each row keeps its p-values.
     """
     rows = []
-    for name, other in {"no shift": reference[:0], **others}.items():
+    for name, other in {NO_SHIFT: reference[:0], **others}.items():
         z = mmd.centred(torch.cat([reference, other]))
         gram = z @ z.T
-        ours, theirs = torch.arange(len(reference)), torch.arange(len(reference), len(z))
         for n in sizes:
-            if name == "no shift":
-                x1, x2, y = draws_without_overlap(ours, n_samplings, (n, n, n), seed)
-            else:
-                x1, x2 = draws_without_overlap(ours, n_samplings, (n, n), seed)
-                (y,) = draws_without_overlap(theirs, n_samplings, (n,), seed + 1)
+            x1, x2, y = _draws_of_shift(len(reference), len(other), name in paired, n, n_samplings, seed)
             tests = mmd.test_draws(gram, x1, x2, y, n_perm, seed)
-            for test, p in (("MMD", tests.mmd), ("MMD-CC", tests.mmd_cc)):
-                rejected = int((p <= alpha).sum())
-                low, high = metrics.binomial_interval(rejected, n_samplings)
-                rows.append(
-                    dict(test=test, shift=name, n=n, rate=rejected / n_samplings, low=low, high=high, p_values=p.tolist())
-                )
+            rows += [_rejections(test, name, n, p, alpha) for test, p in (("MMD", tests.mmd), ("MMD-CC", tests.mmd_cc))]
+    return rows
+
+
+NO_SHIFT = "no shift"  # S_Q drawn from the reference itself
+
+
+def _draws_of_shift(n_reference: int, n_other: int, paired: bool, n: int, n_draws: int, seed: int) -> list[Tensor]:
+    """Indices of S_P(1), S_P(2) and S_Q in the reference with the other pool below it; none (0) means no shift."""
+    ours = torch.arange(n_reference)
+    if n_other and not paired:
+        (y,) = draws_without_overlap(n_reference + torch.arange(n_other), n_draws, (n,), seed + 1)
+        return [*draws_without_overlap(ours, n_draws, (n, n), seed), y]
+    x1, x2, y = draws_without_overlap(ours, n_draws, (n, n, n), seed)
+    return [x1, x2, y + n_reference if n_other else y]
+
+
+def _rejections(test: str, shift: str, n: int, p_values: Tensor, alpha: float) -> Row:
+    """A cell of Table 1: the share of p-values at most alpha, with its interval."""
+    rejected = int((p_values <= alpha).sum())
+    low, high = metrics.binomial_interval(rejected, len(p_values))
+    return dict(test=test, shift=shift, n=n, rate=rejected / len(p_values), low=low, high=high, p_values=p_values.tolist())
+
+
+def trained_rejection_rates(
+    tests: Mapping[str, Mapping[str, Any]],
+    reference: Tensor,
+    others: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    n_samplings: int = 10,
+    alpha: float = 0.05,
+    seed: int = 0,
+    paired: Collection[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """The rows of Table 1 that learn from the samples they test: name in two_sample.TESTS -> its settings.
+
+    reference (N, 3, H, W), others: name -> (M, 3, H, W): images, as these tests see no encoder. n counts the samples of a set,
+    of which each test trains on half. The rest as in `rejection_rates`; the seconds a test took stand in each row.
+    """
+    rows = []
+    for shift, other in {NO_SHIFT: reference[:0], **others}.items():
+        pool = torch.cat([reference, other])
+        for n in sizes:
+            x, _, y = _draws_of_shift(len(reference), len(other), shift in paired, n, n_samplings, seed)
+            for name, settings in tests.items():
+                began = time.perf_counter()
+                run = two_sample.TESTS[name]
+                p = [run(pool[a], pool[b], seed=seed + i, **settings).p_value for i, (a, b) in enumerate(zip(x, y, strict=True))]
+                seconds = (time.perf_counter() - began) / n_samplings
+                rows.append(_rejections(name, shift, n, torch.tensor(p), alpha) | dict(encoder="none", seconds=seconds))
+                say(f"{name}, {shift}, n = {n}: rejects {rows[-1]['rate']:.2f}, {seconds:.2f} s a test")
     return rows
 
 
@@ -174,6 +219,17 @@ def attack_all(
         settings = attack_settings(name, parameters)
         print(f"{len(images)} images after {ATTACK_NAMES.get(name, name)} {settings}")
         made[ATTACK_NAMES.get(name, name)] = attacked(name, classifier, images, labels, cache, **settings)
+    return made
+
+
+def attack_mix(
+    names: Sequence[str], classifier: nn.Module, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], cache: str | Path
+) -> Tensor:
+    """Each image after one of the attacks, in turn, for what is tuned "on attacks": float32, in the order of the images."""
+    made = torch.empty(images.shape)
+    for i, name in enumerate(names):
+        own = slice(i, None, len(names))
+        made[own] = attacked(name, classifier, images[own], labels[own], cache, **attack_settings(name, parameters))
     return made
 
 
@@ -304,8 +360,16 @@ def load_encoders(folder: Path, files: Mapping[str, str]) -> dict[str, nn.Module
     return {name: _placed(encoders.load_encoder(folder / file)) for name, file in files.items()}
 
 
-def load_victim(folder: Path, files: Mapping[str, str]) -> nn.Module:
-    """The supervised classifier that notebook 01 saved below `folder`, which the attacks are made against."""
+def load_victim(folder: Path, files: Mapping[str, str], name: str = "supervised") -> nn.Module:
+    """The classifier that the attacks are made against: "supervised", which notebook 01 saved below `folder`, or a public one.
+
+    A public one is "cifar:resnet20" or "cifar:resnet56".
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "cifar":
+        return _placed(cifar_resnet.load(rest))
+    if name != "supervised":
+        raise ValueError(f"victim: found {name!r}, expected 'supervised', 'cifar:resnet20' or 'cifar:resnet56'")
     return _placed(encoders.load_classifier(folder / files["supervised"]))
 
 
@@ -319,6 +383,18 @@ def positions(labels: Tensor | None, classes: Sequence[int]) -> Tensor:
 def some_of(images: data.ImageSet, n: int, seed: int) -> data.ImageSet:
     """n of the images, drawn at random and left in their order; all of them when n is 0."""
     return images[data.split(len(images), {"some": n}, seed)["some"].sort().values] if n else images
+
+
+def labelled(name: str, classes: Sequence[int], size: int, n: int = 0, seed: int = 0) -> data.ImageSet:
+    """Images of those classes, at most n (0: all), brought to size x size, labelled as a classifier of `classes` counts."""
+    chosen = data.load(name).of_classes(classes)
+    chosen = some_of(chosen, min(n, len(chosen)), seed).resized(size)
+    return replace(chosen, labels=positions(chosen.labels, classes))
+
+
+def set_aside(images: data.ImageSet, n_held_out: int, n: int, seed: int) -> data.ImageSet:
+    """n images that `some_of(images, n_held_out, seed)` leaves: to tune on what nothing else may see."""
+    return images[data.split(len(images), {"held out": n_held_out, "aside": n}, seed)["aside"].sort().values]
 
 
 def accuracy(classifier: encoders.Classifier, images: data.ImageSet) -> float:
@@ -380,6 +456,10 @@ class Asker:
         divisions = [replace(d, reference=d.reference[: n_reference or len(d.reference)]) for d in self.divisions]
         pairs = pairs_of_splits(held_out, self.sums[anomaly], self.paired[anomaly], divisions, n_views, score)
         return {"anomaly": anomaly} | summary(pairs)
+
+    def pairs(self, anomaly: str, n_views: int) -> list[Pair]:
+        """`pairs_of_splits` of CADet's score for one set of anomalies."""
+        return pairs_of_splits(self.sums[IN_DISTRIBUTION], self.sums[anomaly], self.paired[anomaly], self.divisions, n_views)
 
     def detector(self, n_views: int, split: int = 0) -> cadet.CADet:
         """CADet as fitted on one split."""

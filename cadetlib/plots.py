@@ -6,10 +6,12 @@ number, where there is one, as a hollow marker or a dashed line.
 
 from __future__ import annotations
 
+import base64
+import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import seaborn as sns
@@ -17,6 +19,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
+
+from cadetlib import thresholds
 
 Row = Mapping[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
@@ -33,15 +38,23 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _figure(columns: int = 1, width: float = 5.4, height: float = 3.6, **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of `columns` panels in the project's style, laid out when the block ends and not shown by itself."""
+def _figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of `panels` in the project's style, at most four side by side, laid out when the block ends and not shown."""
+    columns = min(panels, 4 if panels != 5 and panels != 6 else 3)
+    rows = -(-panels // columns)
     with sns.axes_style("ticks"), plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained", **options)
-        yield figure, list(axes[0])
+        size = (width * columns, height * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+        for spare in axes.flat[panels:]:
+            spare.set_visible(False)
+        yield figure, list(axes.flat[:panels])
         plt.close(figure)
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.055) -> None:
+End = tuple[float, float, str, str]  # of a line: x, y, name, colour
+
+
+def _label_ends(axes: Axes, ends: Sequence[End], gap: float = 0.055) -> None:
     """Names at the right ends of lines (x, y, name, colour), pushed apart so that none covers another."""
     low, high = axes.get_ylim()
     position = -np.inf
@@ -68,23 +81,26 @@ def _plain_log(axes: Axes, values: Sequence[float]) -> None:
 
 
 def training(logs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Loss and learning rate over epochs, and kNN accuracy where it was measured. logs: run -> lines of its log."""
-    with _figure(3, 4.2, 3.2) as (figure, (loss, rate, knn)):
+    """Loss, learning rate and images a second over epochs, and kNN accuracy where it was measured. logs: run -> its log."""
+    with _figure(4, 3.8, 3.2) as (figure, (loss, rate, speed, knn)):
         for (name, lines), colour in zip(logs.items(), COLOURS, strict=False):
-            steps = [line for line in lines if "loss" in line]
-            accuracy = [line for line in lines if "knn_accuracy" in line]
-            loss.plot([line["epoch"] for line in steps], [line["loss"] for line in steps], color=colour, label=name)
-            rate.plot([line["epoch"] for line in steps], [line["learning_rate"] for line in steps], color=colour)
+            steps, accuracy = ([line for line in lines if key in line] for key in ("loss", "knn_accuracy"))
+            epochs = [line["epoch"] for line in steps]
+            loss.plot(epochs, [line["loss"] for line in steps], color=colour, label=name)
+            rate.plot(epochs, [line["learning_rate"] for line in steps], color=colour)
+            speed.plot(epochs, [line["images_per_second"] for line in steps], color=colour)
             knn.plot([line["epoch"] for line in accuracy], [line["knn_accuracy"] for line in accuracy], "o-", ms=3, color=colour)
         loss.set(title="Training loss per image", xlabel="epoch", ylabel="loss (nats)", yscale="log")
         rate.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
-        knn.set(title="Nearest-neighbour accuracy, held out", xlabel="epoch", ylabel="accuracy", ylim=(None, 1))
+        speed.set(title="Speed", xlabel="epoch", ylabel="images per second", ylim=(0, None))
+        knn.set(title="kNN accuracy, held out", xlabel="epoch", ylabel="accuracy", ylim=(None, 1))
         loss.legend(frameon=False)
         return figure
 
 
 def rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     """Rejection rate of MMD and MMD-CC against sample size, a panel per shift, a colour per encoder (Table 1)."""
+    rows = [row for row in rows if row["test"] in ("MMD", "MMD-CC")]
     shifts = list(dict.fromkeys(row["shift"] for row in rows))
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
     with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
@@ -92,19 +108,46 @@ def rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
             ends = []
             for encoder, colour in zip(encoders, COLOURS, strict=False):
                 for test, dash in (("MMD", "-"), ("MMD-CC", "--")):
-                    line = sorted(
-                        (r for r in rows if (r["shift"], r["encoder"], r["test"]) == (shift, encoder, test)), key=lambda r: r["n"]
-                    )
-                    n, rate = [r["n"] for r in line], [r["rate"] for r in line]
-                    axes.plot(n, rate, dash, marker="o", ms=4, color=colour)
-                    axes.fill_between(n, [r["low"] for r in line], [r["high"] for r in line], color=colour, alpha=0.1, lw=0)
-                    ends.append((n[-1], rate[-1], f"{test}, {encoder}", colour))
-            axes.axhline(alpha, color=GREY, lw=1, ls=":")
-            axes.set(title=shift, xlabel="samples per set, n", ylim=(-0.03, 1.03))
-            _plain_log(axes, sorted({r["n"] for r in rows}))
-            _label_ends(axes, ends)
-        panels[0].set_ylabel(f"rejection rate at α = {alpha:g}")
+                    line = [r for r in rows if (r["shift"], r["encoder"], r["test"]) == (shift, encoder, test)]
+                    ends.append(_rates_line(axes, line, dash, colour, f"{test}, {encoder}"))
+            _finish_rates(axes, rows, shift, alpha, ends)
         return figure
+
+
+def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
+    """The tests that learn, beside MMD and MMD-CC with the contrastive encoder at the same sample sizes: a panel per shift."""
+    trained = [row for row in rows if row["encoder"] == "none"]
+    shifts, sizes = list(dict.fromkeys(row["shift"] for row in trained)), {row["n"] for row in trained}
+    beside = [row for row in rows if row["encoder"] == "contrastive" and row["n"] in sizes and row["shift"] in shifts]
+    with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
+        for axes, shift in zip(panels, shifts, strict=True):
+            ends = []
+            for test, colour in zip(dict.fromkeys(row["test"] for row in trained), COLOURS[1:], strict=False):
+                line = [row for row in trained if (row["shift"], row["test"]) == (shift, test)]
+                ends.append(_rates_line(axes, line, "-", colour, test))
+            for test, dash in (("MMD", "-"), ("MMD-CC", "--")):
+                line = [row for row in beside if (row["shift"], row["test"]) == (shift, test)]
+                ends += [_rates_line(axes, line, dash, COLOURS[0], test)] if line else []
+            _finish_rates(axes, trained, shift, alpha, ends)
+        return figure
+
+
+def _rates_line(axes: Axes, line: Sequence[Row], dash: str, colour: str, name: str) -> End:
+    """Rejection rates of one test over sample sizes, with their intervals -> the line's end and name, for `_label_ends`."""
+    line = sorted(line, key=lambda r: r["n"])
+    n, rate = [r["n"] for r in line], [r["rate"] for r in line]
+    axes.plot(n, rate, dash, marker="o", ms=4, color=colour)
+    axes.fill_between(n, [r["low"] for r in line], [r["high"] for r in line], color=colour, alpha=0.1, lw=0)
+    return n[-1], rate[-1], name, colour
+
+
+def _finish_rates(axes: Axes, rows: Sequence[Row], shift: str, alpha: float, ends: Sequence[End]) -> None:
+    axes.axhline(alpha, color=GREY, lw=1, ls=":")
+    axes.set(title=shift, xlabel="samples per set, n", ylim=(-0.03, 1.03))
+    _plain_log(axes, sorted({r["n"] for r in rows}))
+    if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+        axes.set_ylabel(f"rejection rate at α = {alpha:g}")
+    _label_ends(axes, ends)
 
 
 def p_value_roc(rows: Sequence[Row], test: str = "MMD-CC") -> Figure:
@@ -118,7 +161,8 @@ def p_value_roc(rows: Sequence[Row], test: str = "MMD-CC") -> Figure:
             axes.step(p, detected, where="post", color=colour)
             ends.append((1.0, float(np.interp(0.5, p, detected)), f"n = {row['n']}", colour))
         axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
-        axes.set(xlabel="threshold on the p-value", ylabel="share of tests rejected", xlim=(0, 1), ylim=(0, 1.01))
+        axes.set(title=", ".join(dict.fromkeys(row["shift"] for row in chosen)), xlabel="threshold on the p-value")
+        axes.set(ylabel="share of tests rejected", xlim=(0, 1), ylim=(0, 1.01))
         _label_ends(axes, ends)
         return figure
 
@@ -161,6 +205,28 @@ def detection(rows: Sequence[Row]) -> Figure:
         axes.set(yticks=range(len(anomalies)), yticklabels=anomalies, xlabel="AUROC (mean over splits, 95 % interval)")
         axes.invert_yaxis()
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+        return figure
+
+
+def comparison(rows: Sequence[Row]) -> Figure:
+    """Tables 3 and 4 at a glance: AUROC (%) of every system against every kind of anomaly, the best on top; CADet in bold."""
+    systems = list(dict.fromkeys((row["detector"], row["encoder"]) for row in rows))
+    anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
+    auroc = {((row["detector"], row["encoder"]), row["anomaly"]): 100 * row["auroc"] for row in rows}
+    mean = {s: np.mean([auroc[s, a] for a in anomalies if (s, a) in auroc]) for s in systems}
+    systems.sort(key=lambda s: -mean[s])
+    grid = np.array([[auroc.get((s, a), np.nan) for a in anomalies] for s in systems])
+    with _figure(1, 3.4 + 0.95 * len(anomalies), 1.0 + 0.26 * len(systems)) as (figure, (axes,)):
+        names = [f"{detector}, {encoder}" for detector, encoder in systems]
+        sns.heatmap(
+            grid, vmin=0, vmax=100, center=50, cmap="vlag", annot=True, fmt=".0f", annot_kws={"fontsize": 8}, ax=axes,
+            xticklabels=anomalies, yticklabels=names, cbar_kws={"label": "AUROC (%): 50 is a coin toss"}, linewidths=0.5,
+        )  # fmt: skip
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        for label, (detector, _) in zip(axes.get_yticklabels(), systems, strict=True):
+            label.set(fontsize=9, fontweight="bold" if detector == "CADet" else "normal")
+        for label in axes.get_xticklabels():
+            label.set(rotation=25, ha="left", fontsize=9)
         return figure
 
 
@@ -313,4 +379,265 @@ def speed(rows: Sequence[Row]) -> Figure:
         axes.set_yticklabels(names, fontsize=8)
         axes.set_xlim(min(0.5, *ratios), 3 * max(ratios))
         axes.invert_yaxis()
+        return figure
+
+
+# --- the threshold explorer: a figure that is drawn once, and marks that move over it ------------------------------------
+
+
+class Mark(NamedTuple):
+    """What moves with a threshold, in the data coordinates of a panel: a dot (one point), a line through several, or, with
+    None for y, a vertical line through the panel.
+    """
+
+    panel: int
+    points: Sequence[tuple[float, float | None]]
+    colour: str = "#000000"
+    dashed: bool = False
+
+
+def _colour(curve: Row, k: int) -> str:
+    """A set's own colour, which stays when other sets come and go."""
+    return curve.get("colour") or COLOURS[k % len(COLOURS)]
+
+
+def _dash(curve: Row) -> str:
+    return "--" if curve["kind"] == "in" else "-"
+
+
+def _spots(axes: Axes, mark: Mark) -> list[tuple[float, float]]:
+    """A mark's points, those of a vertical line from the bottom of the panel to its top."""
+    low, high = axes.get_ylim()
+    return [(x, end) for x, y in mark.points for end in ((low, high) if y is None else (y,))]
+
+
+def _draw_marks(panels: Sequence[Axes], marks: Sequence[Mark]) -> None:
+    for mark in marks:
+        spots = _spots(panels[mark.panel], mark)
+        look: Any = dict(marker="o", ms=7, mec="white") if len(spots) == 1 else dict(ls="--" if mark.dashed else "-", lw=1.3)
+        panels[mark.panel].plot(*zip(*spots, strict=True), color=mark.colour, zorder=5, scaley=False, clip_on=False, **look)
+
+
+def _flagged_panel(axes: Axes, curves: Sequence[Row]) -> None:
+    for k, curve in enumerate(curves):
+        p = np.asarray(curve["p_values"])
+        axes.step(np.append(p, 1), np.append(np.arange(1, len(p) + 1), len(p)) / len(p), where="post",
+                  color=_colour(curve, k), ls=_dash(curve), label=curve["name"])  # fmt: skip
+    low = min(float(np.min(curve["p_values"])) for curve in curves)
+    axes.set(xscale="log", xlim=(low, 1), ylim=(0, 1.01), xlabel="threshold on the p-value", ylabel="share of images flagged")
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_title("What is flagged")
+
+
+def _roc_panel(axes: Axes, normal: Row, others: Sequence[Row]) -> None:
+    scores = np.asarray(normal["scores"])
+    alarms = np.arange(len(scores) + 1) / len(scores)
+    for k, curve in enumerate(others, 1):
+        found = np.searchsorted(np.asarray(curve["scores"]), scores, side="right") / len(curve["scores"])
+        axes.plot(alarms, np.append(found, 1), color=_colour(curve, k))
+    axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="share of normal images flagged", ylabel="share of anomalies flagged")
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_title("ROC")
+
+
+def _histogram_panel(axes: Axes, curves: Sequence[Row], key: str, edges: Any) -> None:
+    for k, curve in enumerate(curves):
+        counts, _ = np.histogram(np.clip(curve[key], edges[0], edges[-1]), edges)
+        axes.stairs(counts / len(curve[key]), edges, color=_colour(curve, k), ls=_dash(curve), lw=1.4)
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None), ylabel="share of images")
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+
+
+def explorer(curves: Sequence[Row], marks: Sequence[Mark] = ()) -> Figure:
+    """Four panels on what a detector does: shares flagged, ROC, scores, p-values; `marks` as `threshold_marks` gives them.
+
+    curves: the in-distribution set first, then sets of anomalies, with `p_values` and `scores`, each ascending.
+    """
+    every = np.concatenate([curve["scores"] for curve in curves])
+    low, high = np.quantile(every, [0.005, 1])
+    with sns.axes_style("ticks"), plt.rc_context(_STYLE | {"figure.dpi": 100}):
+        figure, grid = plt.subplots(2, 2, figsize=(9.4, 6.4), layout="constrained")
+        panels = list(grid.flat)
+        _flagged_panel(panels[0], curves)
+        _roc_panel(panels[1], curves[0], curves[1:])
+        _histogram_panel(panels[2], curves, "scores", np.linspace(low, high, 41))
+        panels[2].set(title="Scores", xlabel="score (left: anomalous)")
+        _histogram_panel(panels[3], curves, "p_values", np.linspace(0, 1, 21))
+        panels[3].set(title="p-values (of normal images: even)", xlabel="p-value (left: anomalous)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+        _draw_marks(panels, marks)
+        plt.close(figure)
+        return figure
+
+
+def threshold_marks(curves: Sequence[Row], calibration_scores: Sequence[float], threshold: float) -> list[Mark]:
+    """A threshold in the panels of `explorer`: lines at the p-value and at the score that it stands for, and dots on curves."""
+    shares = [thresholds.n_flagged(curve, threshold) / len(curve["p_values"]) for curve in curves]
+    colours = [_colour(curve, k) for k, curve in enumerate(curves)]
+    score = thresholds.score_at(calibration_scores, threshold)
+    lines = [(0, threshold), (1, shares[0]), (3, threshold)]
+    lines += [(2, score)] if score is not None and np.isfinite(score) else []
+    marks = [Mark(panel, [(x, None)]) for panel, x in lines]
+    marks += [Mark(0, [(threshold, share)], colour) for share, colour in zip(shares, colours, strict=True)]
+    return marks + [Mark(1, [(shares[0], y)], colour) for y, colour in zip(shares[1:], colours[1:], strict=True)]
+
+
+def batch(normal: Sequence[float], odd: Sequence[float], marks: Sequence[Mark] = ()) -> Figure:
+    """A batch of images, p-values by rank, as Benjamini and Hochberg look at them; `marks` as `batch_marks` gives them.
+
+    normal, odd: the p-values of the in-distribution images and of the anomalies in the batch.
+    """
+    p = np.concatenate([normal, odd])
+    order = np.argsort(p, kind="stable")
+    rank = np.arange(1, len(p) + 1) / len(p)
+    with _figure(1, 6.4, 3.8) as (figure, (axes,)):
+        for name, colour, chosen in (("anomaly", COLOURS[1], order >= len(normal)), ("normal", COLOURS[0], order < len(normal))):
+            axes.plot(rank[chosen], p[order][chosen], "o", ms=4, color=colour, alpha=0.7, mew=0, label=name)
+        axes.plot([], [], color=COLOURS[6], label="the threshold")
+        axes.plot([], [], color=COLOURS[3], ls="--", label="q × rank: Benjamini–Hochberg")
+        axes.set(xscale="log", yscale="log", xlim=(rank[0], 1), ylim=(p.min() / 1.5, 1.2))
+        axes.set(xlabel="rank of the image, as a share of the batch", ylabel="p-value")
+        axes.legend(frameon=False, loc="upper left", fontsize=9)
+        _draw_marks([axes], marks)
+        return figure
+
+
+def batch_marks(n: int, threshold: float, q: float, smallest: float) -> list[Mark]:
+    """The two rules in `batch`: p = threshold, level; p = q k / n, rising (dashed) from the `smallest` p-value."""
+    first = min(1.0, max(1 / n, smallest / q / 1.5))
+    return [Mark(0, [(1 / n, threshold), (1, threshold)]), Mark(0, [(first, q * first), (1, q)], COLOURS[3], dashed=True)]
+
+
+def freeze(figure: Figure) -> bytes:
+    """Lay a figure out for good and draw it at twice its pixels: the PNG over which `overlay` puts marks."""
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=2 * figure.dpi)
+    figure.canvas.draw()  # savefig leaves the transforms of its own resolution behind
+    return buffer.getvalue()
+
+
+def overlay(figure: Figure, marks: Sequence[Mark]) -> str:
+    """Marks as an SVG of the size of a frozen figure, to lie over it. A few hundred bytes, made in well under a millisecond."""
+    width, height = figure.get_size_inches() * figure.dpi
+    shapes = []
+    for mark in marks:
+        axes = figure.axes[mark.panel]
+        shapes.append(_shape(axes.transData.transform(_spots(axes, mark)), height, mark))
+    size = f'width="{width:.0f}" height="{height:.0f}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="display:block" aria-hidden="true">{"".join(shapes)}</svg>'
+
+
+def _shape(pixels: Any, height: float, mark: Mark) -> str:
+    spots = [(x, height - y) for x, y in pixels]
+    if len(spots) == 1:
+        return f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="4.5" fill="{mark.colour}" stroke="white"/>'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+    dash = ' stroke-dasharray="5 3"' if mark.dashed else ""
+    return f'<polyline points="{path}" fill="none" stroke="{mark.colour}" stroke-width="1.5"{dash}/>'
+
+
+# --- the same numbers and images as HTML, for a widget -------------------------------------------------------------------
+
+
+def share_text(share: float) -> str:
+    """A share in percent, with as many digits as it takes to tell it from none and from all.
+
+    >>> share_text(0.0512), share_text(0.00031), share_text(0.0)
+    ('5.1 %', '0.03 %', '0 %')
+    """
+    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.{1 if 0.005 <= share <= 0.995 else 2}f} %"
+
+
+def _between(interval: Sequence[float]) -> str:
+    return f"[{share_text(interval[0])}, {share_text(interval[1])}]"
+
+
+def operating_html(curves: Sequence[Row], point: Row, threshold: float, n_calibration: int) -> str:
+    """What a threshold promises and does, as a table; `point` as `thresholds.operating_point` gives it."""
+    expected = point["expected"]
+    cells = [
+        ("threshold", "#000000", f"flag when p ≤ {threshold:.4g}", "", f"{n_calibration} calibration images"),
+        (
+            "promised",
+            "#000000",
+            "false alarms promised",
+            share_text(expected.expected),
+            f"{_between(expected[1:])} in 95 of 100 calibrations",
+        ),
+    ]
+    for k, curve in enumerate(curves):
+        name, kind = curve["name"], "false alarms" if curve["kind"] == "in" else "found"
+        interval = f"{_between(point['intervals'][name])} for {len(curve['p_values'])} images"
+        cells.append((name, _colour(curve, k), f"{kind}: {name}", share_text(point["flagged"][name]), interval))
+    rows = "".join(
+        f'<tr><td style="border-left:.5em solid {colour};padding-left:.5em">{html.escape(words)}</td>'
+        f'<td data-set="{html.escape(name)}" style="text-align:right;padding:0 1em"><b>{share}</b></td><td>{interval}</td></tr>'
+        for name, colour, words, share, interval in cells
+    )
+    return f'<table class="cadet-numbers" style="line-height:1.5">{rows}</table>'
+
+
+def batch_html(rows: Sequence[Row], q: float) -> str:
+    """Two rules on one batch, as a table; rows as `thresholds.batch_decision` gives them."""
+    heads = ("", "flagged", "false among the flagged", "anomalies found", "normal images flagged", "largest p flagged")
+    lines = ["".join(f'<th style="text-align:right;padding:0 .8em">{head}</th>' for head in heads)]
+    for row in rows:
+        shares = [share_text(row[key]) for key in ("false_discovery_rate", "found", "false_alarms")]
+        cells = [f"{row['flagged']} of {row['n']}", *shares, "none" if row["cut"] is None else f"{row['cut']:.4g}"]
+        numbers = "".join(f'<td style="text-align:right;padding:0 .8em">{cell}</td>' for cell in cells)
+        lines.append(f"<td><b>{html.escape(row['rule'])}</b></td>{numbers}")
+    note = f"Benjamini–Hochberg keeps the second column at or below q = {q:.3g} on average; a plain threshold does not bound it."
+    return f'<table class="cadet-batch">{"".join(f"<tr>{line}</tr>" for line in lines)}</table><p>{note}</p>'
+
+
+def image_uri(image: Any, side: int = 72) -> str:
+    """An image (3, H, W), uint8 or [0, 1], as the data URI of a PNG of at most `side` pixels."""
+    pixels = np.asarray(image)
+    pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels).round().astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+EXAMPLES = {
+    "flagged": "Flagged, rightly",
+    "missed": "Missed anomalies",
+    "falsely flagged": "Falsely flagged normal images",
+}
+
+
+def examples_html(found: Mapping[str, Sequence[thresholds.Example]], uri: Callable[[str, int], str]) -> str:
+    """Images nearest the threshold with their p-values, a row of each kind; `uri` gives the image of a set and position."""
+    rows = []
+    for kind, title in EXAMPLES.items():
+        images = "".join(
+            f'<figure style="margin:0;width:72px"><img width="72" height="72" alt="{html.escape(e.set)} {e.image}" '
+            f'src="{uri(e.set, e.image)}" style="image-rendering:pixelated;object-fit:contain"><figcaption style="font-size:11px;'
+            f'line-height:1.2">p = {e.p_value:.3g}<br>{html.escape(e.set)}</figcaption></figure>'
+            for e in found[kind]
+        )
+        rows.append(f'<h4 style="margin:.6em 0 .2em">{title}</h4><div style="display:flex;gap:8px">{images or "none"}</div>')
+    return f'<div class="cadet-examples">{"".join(rows)}</div>'
+
+
+def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[str, Any]) -> Figure:
+    """The same as a figure: sets holds the images (N, 3, H, W) of each set."""
+    columns = max(1, *(len(items) for items in found.values()))
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(figsize=(1.15 * columns, 5.0), layout="constrained")
+        for part, (kind, title) in zip(figure.subfigures(3, 1), EXAMPLES.items(), strict=True):
+            part.suptitle(title if found[kind] else f"{title}: none", fontsize=11, x=0.01, ha="left")
+            places = part.subplots(1, columns, squeeze=False)[0]
+            for place in places:
+                place.axis("off")
+            for place, example in zip(places, found[kind], strict=False):
+                place.imshow(np.asarray(sets[example.set][example.image]).transpose(1, 2, 0), interpolation="nearest")
+                place.set_title(f"p = {example.p_value:.3g}\n{example.set}", fontsize=7, loc="center")
+        plt.close(figure)
         return figure

@@ -1,0 +1,104 @@
+"""When does CADet see an attack? One factor is varied at a time from a common setting (the question of Sections 5 and 6).
+
+A factor may be the encoder (how long it was trained, which layer is read), the views (their area, the size of the input) or the
+attack (its victim, its strength, and whether it is an attack at all: random signs of the same size are the control).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadetlib import attacks, checks, encoders, experiments, rng
+from cadetlib.experiments import IN_DISTRIBUTION, Row, Split
+from cadetlib.views import EvalViews
+
+_SIGNS = -4  # stream of an image's random numbers; -1 to -3 are those of attacks and corruptions
+CONTROL = "random signs"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A setting in which CADet is asked for attacked images; `but` changes one thing, `rows` asks."""
+
+    encoder: nn.Module
+    victim: nn.Module  # of the attacks: its accuracy on the attacked images is reported
+    images: Tensor  # (N, 3, S, S) in-distribution
+    labels: Tensor  # (N,)
+    attacked: Mapping[str, Tensor]  # attack -> (N, 3, S, S), image by image
+    views: EvalViews
+    n_views: int
+    divisions: Sequence[Split]
+    cache: Path | None = None
+    dtype: str = "float32"
+
+    def but(self, **changes: Any) -> Study:
+        """The same setting with some fields changed."""
+        return replace(self, **changes)
+
+    def rows(self, factor: str, value: float | str) -> list[Row]:
+        """AUROC of the score, of m_in and of m_out against each attack, under the name of the factor and its value here."""
+        sets = {IN_DISTRIBUTION: self.images, **self.attacked}
+        sums = experiments.view_sums_of_sets(
+            self.encoder, sets, self.views, [self.n_views], self.cache, dtype=self.dtype, say=lambda _: None
+        )
+        ask = experiments.Asker(sums, {name: name != IN_DISTRIBUTION for name in sets}, self.divisions)
+        rows = []
+        for name, images in self.attacked.items():
+            halves = {
+                half: ask(name, self.n_views, score)["auroc"]
+                for half, score in (("m_in", experiments.m_in_only), ("m_out", experiments.m_out_only))
+            }
+            accuracy = attacks.accuracy(self.victim, images, self.labels)
+            rows.append(dict(factor=factor, value=value, victim_accuracy=accuracy) | halves | ask(name, self.n_views))
+        print(f"{factor} {value}: " + ", ".join(f"{r['anomaly']} {r['auroc']:.2f} (m_in {r['m_in']:.2f})" for r in rows))
+        return rows
+
+
+def attack_at(
+    eps: float, names: Sequence[str], victim: nn.Module, images: Tensor, labels: Tensor, cache: Path | None = None
+) -> dict[str, Tensor]:
+    """ "fgsm" and "pgd" (50 steps of eps / 10) at one L-inf radius, and the control: random signs of that size."""
+    settings: dict[str, dict[str, Any]] = {"fgsm": dict(eps=eps), "pgd": dict(eps=eps, step=eps / 10, n_steps=50)}
+    for name in names:
+        checks.one_of(name, "attack", settings)
+    made = {
+        experiments.ATTACK_NAMES[name]: experiments.attacked(name, victim, images, labels, cache, **settings[name])
+        for name in names
+    }
+    return made | {CONTROL: random_signs(images, eps)}
+
+
+def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
+    """Images (N, 3, H, W) with every value moved by eps up or down at random, a function of (seed, pixels), clipped to [0, 1].
+
+    As long as FGSM's change in every norm and aimed at nothing: what a detector sees of it, it sees of noise.
+    """
+    x = checks.images(images)
+    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_SIGNS]), x[0].numel()).view_as(x)
+    return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
+
+
+class AtLayer(nn.Module):
+    """A ResNet of this project read at one of its stages, "layer1" to "layer4": pooled features of that stage."""
+
+    def __init__(self, encoder: nn.Module, layer: str) -> None:
+        super().__init__()
+        if not isinstance(encoder, encoders.ResNet):
+            raise ValueError(
+                f"encoder: found {type(encoder).__name__}, expected a ResNet of this project, whose stages have names"
+            )
+        checks.one_of(layer, "layer", [f"layer{i}" for i in range(1, 5)])
+        self.encoder, self.n_stages, self.image_size = encoder, int(layer[-1]), encoder.image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        e = self.encoder
+        x = e.maxpool(e.relu(e.bn1(e.conv1(e.normalize(images)))))  # type: ignore[operator]
+        for stage in (e.layer1, e.layer2, e.layer3, e.layer4)[: self.n_stages]:
+            x = stage(x)  # type: ignore[operator]
+        return x.mean(dim=(2, 3))

@@ -1,0 +1,231 @@
+"""Tables 3 and 4: CADet and what it is compared with, on the same images under the same splits, one row per system and anomaly.
+
+A system is asked for one score per image; a row is that system, with one encoder, against one kind of anomaly. Systems that
+learn do so from training images or from calibration images, and see no anomaly before they score; the rows that the paper tunes
+on attacks are tuned on images set aside for it, which no row is scored on, and say `tuned`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadetlib import cadet, data, embed, encoders, experiments, hu, metrics, probe
+from cadetlib.detectors import DETECTORS, tune_odin
+from cadetlib.experiments import IN_DISTRIBUTION, Pair, Row, Split
+
+Scores = Mapping[str, Tensor]  # set -> (N,), larger = more in-distribution
+CADET = ("CADet", "contrastive")  # the system that all others are held against
+_TIMED = 32  # images that a system's seconds per image are measured on
+
+
+@dataclass(frozen=True)
+class Field:
+    """What every system is asked about: the images of each set, and the splits of the in-distribution ones."""
+
+    sets: Mapping[str, Tensor]  # name -> (N, 3, S, S); among them "in-distribution"
+    paired: Mapping[str, bool]  # whether image i of a set was made from in-distribution image i
+    divisions: Sequence[Split]
+
+    @property
+    def anomalies(self) -> list[str]:
+        """Names of the sets that are not in-distribution."""
+        return [name for name in self.sets if name != IN_DISTRIBUTION]
+
+    @property
+    def attacked(self) -> dict[str, Tensor]:
+        """The in-distribution images and the sets made from them."""
+        return {name: images for name, images in self.sets.items() if name == IN_DISTRIBUTION or self.paired[name]}
+
+    def pairs(self, scores: Scores, anomaly: str) -> list[Pair]:
+        """For each split, the scores of its in-distribution test images and of the anomalies that belong to it."""
+        clean, odd = scores[IN_DISTRIBUTION], scores[anomaly]
+        return [(clean[d.test], odd[d.test] if self.paired[anomaly] else odd) for d in self.divisions]
+
+    def first(self, n: int, anomalies: Sequence[str]) -> Field:
+        """The first n test images of the first split and what belongs to them: a small field for systems that are slow.
+
+        Its one split has the same calibration images as the first one here, as far as n of them go.
+        """
+        division = self.divisions[0]
+        test, calibration = division.test[:n], division.calibration[:n]
+        clean = torch.cat([test, calibration])
+        sets = {IN_DISTRIBUTION: self.sets[IN_DISTRIBUTION][clean]}
+        sets |= {name: self.sets[name][clean if self.paired[name] else slice(n)] for name in anomalies}
+        own = Split(clean[:0], torch.arange(len(test), len(clean)), torch.arange(len(test)))
+        return Field(sets, self.paired, [own])
+
+
+# --- encoders with a classifier's head ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """What detectors learn from: training images with labels, an encoder's features of them, and the classifier on top."""
+
+    classifier: encoders.Classifier
+    images: Tensor  # (N, 3, S, S)
+    features: Tensor  # (N, D)
+    labels: Tensor  # (N,)
+
+
+def known(encoder: nn.Module, file: str | Path, training: data.ImageSet, dtype: str = "float32") -> Known:
+    """The encoder with the head its file holds, else with a linear probe on the training images, which the paper leaves open."""
+    if training.labels is None:
+        raise ValueError(f"{training.name}: found no labels, expected labelled training images for the detectors that need them")
+    features = embed.embed(encoder, training.images, dtype=dtype)
+    head = encoders.head_of(file)
+    head = probe.linear_probe(features, training.labels) if head is None else head
+    classifier = encoders.Classifier(encoder, head.to(encoders.device_of(encoder))).eval()
+    return Known(classifier, training.images, features, training.labels)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs: Mapping[str, Pair], **about: Any) -> list[Row]:
+    """A row for each anomaly that was scored: `experiments.summary`, and how CADet compares on the first split's images.
+
+    cadet_pairs: anomaly -> scores of CADet on the first split; `difference` is this system's AUROC minus CADet's there, with
+    DeLong's p-value, on the images that both have scored.
+    """
+    rows = []
+    for anomaly in (name for name in scores if name != IN_DISTRIBUTION):
+        pairs = field.pairs(scores, anomaly)
+        row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | experiments.summary(pairs) | about
+        if anomaly in cadet_pairs and (system, encoder) != CADET:
+            theirs = [scored[: len(own)] for own, scored in zip(pairs[0], cadet_pairs[anomaly], strict=True)]
+            test = metrics.delong_test(*pairs[0], *theirs)
+            row |= dict(difference=test.difference, p_difference=test.p_value)
+        rows.append(row)
+    return rows
+
+
+def seconds_per_image(score: Callable[[Tensor], Any], images: Tensor) -> float:
+    """How long a system takes for an image, from the image on, measured on a few images after one for warming up."""
+    some = images[:_TIMED]
+    score(some[:1])
+    began = time.perf_counter()
+    score(some)
+    return (time.perf_counter() - began) / len(some)
+
+
+def cadet_rows(
+    encoder: str,
+    field: Field,
+    sums: Mapping[str, embed.ViewSums],
+    detector: cadet.CADet,
+    cadet_pairs: dict[str, Pair],
+) -> tuple[list[Row], dict[str, list[Pair]]]:
+    """The rows of CADet from view sums already made, and its scores: anomaly -> pairs, split by split.
+
+    Those of the contrastive encoder, which come first, fill `cadet_pairs`.
+    """
+    ask = experiments.Asker(sums, field.paired, field.divisions)
+    pairs = {anomaly: ask.pairs(anomaly, detector.n_views) for anomaly in ask.anomalies}
+    if ("CADet", encoder) == CADET:
+        cadet_pairs.update({anomaly: found[0] for anomaly, found in pairs.items()})
+    seconds = seconds_per_image(detector.view_sums, field.sets[IN_DISTRIBUTION])
+    rows = []
+    for anomaly, found in pairs.items():
+        row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | experiments.summary(found)
+        if ("CADet", encoder) != CADET and anomaly in cadet_pairs:
+            test = metrics.delong_test(*found[0], *cadet_pairs[anomaly])
+            row |= dict(difference=test.difference, p_difference=test.p_value)
+        rows.append(row | dict(tuned=False, seconds=seconds, forwards=float(detector.n_views)))
+    return rows, pairs
+
+
+def post_hoc_rows(
+    names: Sequence[str],
+    encoder: str,
+    field: Field,
+    learned_from: Known,
+    cadet_pairs: Mapping[str, Pair],
+    dtype: str = "float32",
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """The detectors that need features alone, each set embedded once for all of them."""
+    classifier = learned_from.classifier
+    features = {name: embed.embed(classifier.encoder, images, dtype=dtype) for name, images in field.sets.items()}
+    clean = field.sets[IN_DISTRIBUTION]
+    rows = []
+    for name in names:
+        say(f"{name}, {encoder} encoder")
+        detector = DETECTORS[name]().fit_features(learned_from.features, learned_from.labels, classifier.head)
+        scores = {kind: detector.score_features(found) for kind, found in features.items()}
+
+        def score(images: Tensor, detector: Any = detector) -> Tensor:
+            return detector.score_features(embed.embed(classifier.encoder, images, dtype=dtype))
+
+        about = dict(tuned=False, seconds=seconds_per_image(score, clean), forwards=detector.forwards)
+        rows += rows_of(name, encoder, field, scores, cadet_pairs, **about)
+    return rows
+
+
+def odin_rows(
+    encoder: str,
+    field: Field,
+    learned_from: Known,
+    tuning: tuple[Tensor, Tensor],
+    cadet_pairs: Mapping[str, Pair],
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """ODIN at its published settings on every set and, under the name "ODIN tuned", tuned on attacks, on every attack.
+
+    tuning: clean and attacked images that no row is scored on.
+    """
+    say(f"ODIN, {encoder} encoder")
+    clean = field.sets[IN_DISTRIBUTION]
+    odin = DETECTORS["ODIN"]().fit(learned_from.classifier, learned_from.images, learned_from.labels)
+    scores = {name: odin.score_samples(images) for name, images in field.sets.items()}
+    about = dict(seconds=seconds_per_image(odin.score_samples, clean), forwards=odin.forwards)
+    rows = rows_of("ODIN", encoder, field, scores, cadet_pairs, tuned=False, **about)
+    tuned = tune_odin(learned_from.classifier, *tuning)
+    scores = {name: tuned.score_samples(images) for name, images in field.attacked.items()}
+    chosen = dict(temperature=tuned.temperature, step=tuned.step)
+    return rows + rows_of("ODIN tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)
+
+
+def hu_rows(
+    encoder: str,
+    field: Field,
+    learned_from: Known,
+    tuning: tuple[Tensor, Tensor],
+    cadet_pairs: Mapping[str, Pair],
+    settings: Mapping[str, Any],
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """Hu et al.'s detector untuned, self-calibrated, and tuned on attacks, on a small `field` (see `Field.first`).
+
+    Its walks are measured once for a set and serve the first two. Fitted on the field's calibration images; tuning: clean and
+    attacked images that no row is scored on.
+    """
+    classifier, clean = learned_from.classifier, field.sets[IN_DISTRIBUTION]
+    calibration = clean[field.divisions[0].calibration]
+    untuned, calibrated = hu.Hu(**settings), hu.HuSelfCalibrated(**settings)
+    measured = hu.criteria(classifier, calibration, **untuned.settings())
+    untuned.fit_criteria(classifier, measured)
+    calibrated.fit_criteria(classifier, measured)
+    seconds = seconds_per_image(untuned.score_samples, clean)
+    found = {}
+    for name, images in field.sets.items():
+        say(f"Hu, {encoder} encoder: walks of {len(images)} images of {name}")
+        found[name] = hu.criteria(classifier, images, **untuned.settings())
+    passes = [hu.forward_passes(c, untuned.cap_targeted, untuned.cap_untargeted).mean() for c in found.values()]
+    about = dict(seconds=seconds, forwards=float(torch.stack(passes).mean()))
+    rows = []
+    for system, detector in (("Hu", untuned), ("HuSelfCalibrated", calibrated)):
+        scores = {name: detector.score_criteria(c) for name, c in found.items()}
+        rows += rows_of(system, encoder, field, scores, cadet_pairs, tuned=False, **about)
+    say(f"Hu, {encoder} encoder: tuning on {len(tuning[1])} attacked images")
+    tuned = hu.tune_hu(classifier, *tuning, **settings)
+    scores = {name: tuned.score_samples(images) for name, images in field.attacked.items()}
+    chosen = {key: getattr(tuned, key) for key in hu.GRID}
+    return rows + rows_of("Hu tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)

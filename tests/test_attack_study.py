@@ -1,0 +1,51 @@
+"""The study's own parts: the control, the layers, and rows that are those of the ablations."""
+
+import pytest
+import torch
+from torch import nn
+
+from cadetlib import attack_study, encoders, experiments
+from cadetlib.views import EvalViews
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return encoders.ResNet("resnet10", 4, "cifar", 8).eval()
+
+
+def test_random_signs_move_every_value_by_eps_at_random():
+    images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    change = attack_study.random_signs(images, 0.1) - images
+    assert torch.allclose(change.abs(), torch.full_like(change, 0.1), atol=1e-6)
+    assert abs(float((change > 0).double().mean()) - 0.5) < 4 * 0.5 / change.numel() ** 0.5
+    assert torch.equal(attack_study.random_signs(images[3:5], 0.1), attack_study.random_signs(images, 0.1)[3:5])
+    assert float(attack_study.random_signs(torch.ones(1, 3, 2, 2), 0.1).max()) == 1.0
+
+
+def test_layers_are_the_encoders_own(network):
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(attack_study.AtLayer(network, "layer4")(images), network(images))
+    assert [attack_study.AtLayer(network, f"layer{i}")(images).shape[1] for i in (1, 2, 3)] == [4, 8, 16]
+    with pytest.raises(ValueError, match="layer5"):
+        attack_study.AtLayer(network, "layer5")
+    with pytest.raises(ValueError, match="found Identity"):
+        attack_study.AtLayer(nn.Identity(), "layer1")
+
+
+def test_rows_agree_with_the_ablations(network):
+    images, labels = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(30).long()
+    victim = encoders.Classifier(network, nn.Linear(32, 2)).eval()
+    attacked = attack_study.attack_at(0.05, ["fgsm"], victim, images, labels)
+    assert set(attacked) == {"FGSM", attack_study.CONTROL}
+    views, divisions = EvalViews(8), experiments.splits(30, 3, 6, 12)
+    study = attack_study.Study(network, victim, images, labels, attacked, views, 4, divisions)
+    sums = experiments.view_sums_of_sets(network, {"in-distribution": images, **attacked}, views, [4], say=lambda _: None)
+    ask = experiments.Asker(sums, {"in-distribution": False, "FGSM": True, attack_study.CONTROL: True}, divisions)
+    rows = study.rows("size", 8)
+    assert rows[0]["auroc"] == ask("FGSM", 4)["auroc"] and rows[0]["m_in"] == ask("FGSM", 4, experiments.m_in_only)["auroc"]
+    assert {row["anomaly"] for row in rows} == set(attacked) and {(row["factor"], row["value"]) for row in rows} == {("size", 8)}
+    other = study.but(views=EvalViews(8, crop_scale=0.3)).rows("area", 0.3)
+    assert other[0]["m_in"] != rows[0]["m_in"]
+    with pytest.raises(ValueError, match="cw"):
+        attack_study.attack_at(0.1, ["cw"], victim, images, labels)
