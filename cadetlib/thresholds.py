@@ -12,9 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
 from cadetlib import checks, metrics, record
 
@@ -67,12 +68,22 @@ def operating_point(curves: Sequence[Row], n_calibration: int, threshold: float)
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: found {threshold}, expected a number in (0, 1]")
-    counts = {curve["name"]: (n_flagged(curve, threshold), len(curve["p_values"])) for curve in curves}
+    names = [curve["name"] for curve in curves]
+    k = np.array([n_flagged(curve, threshold) for curve in curves])
+    n = np.array([len(curve["p_values"]) for curve in curves])
     return {
         "expected": promised(n_calibration, threshold),
-        "flagged": {name: k / n for name, (k, n) in counts.items()},
-        "intervals": {name: metrics.binomial_interval(k, n) for name, (k, n) in counts.items()},
+        "flagged": dict(zip(names, (k / n).tolist(), strict=True)),
+        "intervals": dict(zip(names, _clopper_pearson(k, n), strict=True)),
     }
+
+
+def _clopper_pearson(k: Any, n: Any, level: float = 0.95) -> list[metrics.Interval]:
+    """`metrics.binomial_interval` of many counts at once, by the inverse of the incomplete beta function: no search."""
+    tail = (1 - level) / 2
+    low = np.where(k > 0, special.betaincinv(np.maximum(k, 1), n - k + 1, tail), 0.0)
+    high = np.where(k < n, special.betaincinv(k + 1, np.maximum(n - k, 1), 1 - tail), 1.0)
+    return [metrics.Interval(*pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
 
 
 def score_at(calibration_scores: Sequence[float], threshold: float) -> float | None:
@@ -100,18 +111,25 @@ def thinned(p_values: Sequence[float], n: int) -> Any:
     return np.asarray(p_values)[np.linspace(0, len(p_values) - 1, n).round().astype(int)]
 
 
-def batch_decision(normal: Sequence[float], odd: Sequence[float], threshold: float, q: float, share: float = 0.5) -> list[Row]:
-    """One batch with a `share` of anomalies, decided twice: p <= threshold, and Benjamini and Hochberg's rule at level q.
+def batch_parts(normal: Sequence[float], odd: Sequence[float], share: float = 0.5) -> tuple[Any, Any]:
+    """p-values of a batch with a `share` of anomalies, as large as the images allow: sorted normal ones, sorted odd ones.
 
-    normal, odd: sorted p-values of in-distribution images and of anomalies; the batch is as large as they allow. -> two rows with
-    `rule`, `flagged`, `false_discovery_rate` (realised: false ones among the flagged, 0 when there are none), `found` and
-    `false_alarms` (shares of the anomalies and of the normal images flagged), `cut` (the largest p-value flagged, or None).
+    >>> [len(part) for part in batch_parts([0.1] * 90, [0.1] * 50, 0.1)]
+    [90, 10]
     """
     checks.in_open_interval(share, "share")
     size = min(len(normal) / (1 - share), len(odd) / share)
-    n, m = max(1, round(size * (1 - share))), max(1, round(size * share))
-    p = np.concatenate([thinned(normal, min(n, len(normal))), thinned(odd, min(m, len(odd)))])
-    n = min(n, len(normal))
+    return thinned(normal, max(1, round(size * (1 - share)))), thinned(odd, max(1, round(size * share)))
+
+
+def batch_decision(normal: Sequence[float], odd: Sequence[float], threshold: float, q: float) -> list[Row]:
+    """One batch decided twice: p <= threshold, and Benjamini and Hochberg's rule at level q.
+
+    normal, odd: p-values of the batch's in-distribution images and anomalies. -> two rows with `rule`, `flagged`,
+    `false_discovery_rate` (realised: false ones among the flagged, 0 when there are none), `found` and `false_alarms` (shares
+    of the anomalies and of the normal images flagged), `cut` (the largest p-value flagged, or None).
+    """
+    p, n = np.concatenate([normal, odd]), len(normal)
     rules = {"p ≤ threshold": p <= threshold, "Benjamini–Hochberg": metrics.benjamini_hochberg(p, q)}
     return [
         dict(
@@ -179,3 +197,41 @@ def read(source: str | Path | Mapping[str, Any] | Threshold, detector: str) -> T
             "another detector mean something else; choose and save the threshold again with this one"
         )
     return found
+
+
+# --- what a reader is shown ---------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """One image beside its p-value: `image` is its position in the set of that name."""
+
+    set: str
+    image: int
+    p_value: float
+
+
+def examples(curves: Sequence[Row], threshold: float, most: int = 8) -> dict[str, list[Example]]:
+    """Images on either side of a threshold, nearest first: anomalies flagged and missed, normal images falsely flagged.
+
+    Among equal p-values the one whose score lies nearer to the threshold comes first. curves with `scores` and `images`.
+    """
+    found: dict[str, list[tuple[float, Example]]] = {"flagged": [], "missed": [], "falsely flagged": []}
+    for curve in curves:
+        below, above = nearest(curve["p_values"], threshold, most)
+        kinds = {"falsely flagged": below} if curve["kind"] == "in" else {"flagged": below, "missed": above}
+        for kind, positions in kinds.items():
+            shown = [Example(curve["name"], int(curve["images"][i]), float(curve["p_values"][i])) for i in positions]
+            found[kind] += [(curve["scores"][i], example) for i, example in zip(positions, shown, strict=True)]
+    return {
+        kind: [example for _, example in sorted(items, key=lambda item: item[0], reverse=kind != "missed")[:most]]
+        for kind, items in found.items()
+    }
+
+
+def chosen(curves: Sequence[Row], normal: str, anomalies: Sequence[str]) -> list[Row]:
+    """The curves of one in-distribution set and of some sets of anomalies, in that order."""
+    by_name = {curve["name"]: curve for curve in curves}
+    unknown = [name for name in (normal, *anomalies) if name not in by_name]
+    if unknown:
+        raise ValueError(f"sets: found {unknown}, expected some of {list(by_name)}")
+    return [by_name[name] for name in (normal, *anomalies)]

@@ -1,56 +1,162 @@
-"""The p-value threshold explorer: a slider over what `plots.operating_point` draws. Nothing is computed but look-ups."""
+"""The p-value threshold explorer: controls over what `thresholds` looks up and `plots` draws. Nothing is computed here.
+
+A move of the slider sends numbers, a few images and an SVG of marks; the curves below are drawn when detector or sets change.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import numpy as np
 
-from cadetlib import checks, metrics, plots
+from cadetlib import plots, thresholds
 
 Row = Mapping[str, Any]
+SHARES = (0.5, 0.2, 0.1, 0.05, 0.01)  # of anomalies in a batch
 
 
-def operating_point(curves: Sequence[Row], n_calibration: int, threshold: float) -> dict[str, Any]:
-    """What a threshold on the p-value does: the false positive rate it promises and the share of each set it flags.
-
-    curves: per set `name`, `kind` ("in" or other) and sorted `p_values` -> {"expected": rate, "flagged": name -> share}.
-    """
-    checks.in_open_interval(threshold, "threshold", 0.0, 1.0 + 1e-12)
-    shares = {c["name"]: float(np.searchsorted(c["p_values"], threshold, side="right")) / len(c["p_values"]) for c in curves}
-    return {"expected": metrics.beta_false_positive_interval(n_calibration, min(threshold, 1 - 1e-12)), "flagged": shares}
-
-
-def sentence(point: Mapping[str, Any], threshold: float) -> str:
-    """An operating point in words."""
-    expected = point["expected"]
-    flagged = ", ".join(f"{name} {share:.1%}" for name, share in point["flagged"].items())
-    promise = f"promises {expected.expected:.1%} false positives [{expected.low:.1%}, {expected.high:.1%}]"
-    return f"p ≤ {threshold:.4g} {promise}; flags {flagged}"
-
-
-def threshold_explorer(curves: Sequence[Row], n_calibration: int, alpha: float = 0.05) -> ipywidgets.Widget:
-    """A slider for the threshold, logarithmic from 1 / (n_calibration + 1) to 1, over the figure and numbers it stands for."""
-    slider = ipywidgets.FloatLogSlider(
-        value=alpha,
+def _slider(name: str, value: float, low: float, high: float) -> ipywidgets.FloatLogSlider:
+    return ipywidgets.FloatLogSlider(
+        value=min(max(value, low), high),
         base=10,
-        min=float(np.log10(1 / (n_calibration + 1))),
-        max=0.0,
+        min=float(np.log10(low)),
+        max=float(np.log10(high)),
         step=0.01,
-        description="p ≤",
+        description=name,
         readout_format=".4f",
-        continuous_update=False,
-        layout=ipywidgets.Layout(width="34em"),
+        layout=ipywidgets.Layout(width="40em"),
     )
-    words, picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
 
-    def show(change: Any = None) -> None:
-        point = operating_point(curves, n_calibration, slider.value)
-        words.value = sentence(point, slider.value)
-        picture.value = plots.png(plots.operating_point(curves, slider.value, point["expected"]._asdict()))
 
-    slider.observe(show, names="value")
-    show()
-    return ipywidgets.VBox([slider, words, picture])
+class Layers:
+    """A figure drawn once with marks that move over it: `draw` when the curves change, `move` when the threshold does."""
+
+    def __init__(self) -> None:
+        same_place = dict(grid_area="1 / 1 / 2 / 2", margin="0")
+        self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(**same_place))
+        self.marks = ipywidgets.HTML(layout=ipywidgets.Layout(**same_place))
+        one_cell = ipywidgets.Layout(grid_template_columns="max-content", overflow="visible")
+        self.widget = ipywidgets.GridBox([self.picture, self.marks], layout=one_cell)
+
+    def draw(self, figure: Any) -> None:
+        self.figure = figure
+        self.picture.value = plots.freeze(figure)
+        width, height = (f"{side * figure.dpi:.0f}px" for side in figure.get_size_inches())
+        for layer in (self.picture, self.marks):
+            layer.layout.width = layer.layout.min_width = width
+            layer.layout.height = height
+
+    def move(self, marks: Sequence[plots.Mark]) -> None:
+        self.marks.value = plots.overlay(self.figure, marks)
+
+
+class ThresholdExplorer:
+    """The controls and what they show. `.widget` is what a notebook displays; `.threshold` what is chosen now.
+
+    detectors: rows with `name`, `fingerprint`, `calibration_scores` (ascending) and `curves` (see `thresholds`), of which the
+    kind "in" marks in-distribution sets; sets: name -> images (N, 3, H, W); save_to: the file that "Save" proposes.
+    """
+
+    def __init__(self, detectors: Sequence[Row], sets: Mapping[str, Any], alpha: float, q: float, save_to: str | Path) -> None:
+        if not detectors:
+            raise ValueError("detectors: found none, expected at least one")
+        self.detectors = {row["name"]: row for row in detectors}
+        self.uri = functools.lru_cache(maxsize=4096)(lambda name, i: plots.image_uri(sets[name][i]))
+        first = detectors[0]
+        names = {kind: [c["name"] for c in first["curves"] if (c["kind"] == "in") == (kind == "in")] for kind in ("in", "out")}
+        smallest = 1 / (len(first["calibration_scores"]) + 1)
+        self.detector = ipywidgets.Dropdown(options=list(self.detectors), description="detector")
+        self.normal = ipywidgets.Dropdown(options=names["in"], description="normal")
+        self.anomalies = ipywidgets.SelectMultiple(options=names["out"], value=names["out"], description="anomalies")
+        self.anomalies.rows = min(6, len(names["out"]))
+        self.slider = _slider("p ≤", alpha, smallest, 1.0)
+        self.q = _slider("q =", q, 0.001, 0.5)
+        self.share = ipywidgets.Dropdown(options=[(f"{s:.0%}", s) for s in SHARES], value=0.5, description="anomalies")
+        self.file = ipywidgets.Text(value=str(save_to), description="file", layout=ipywidgets.Layout(width="40em"))
+        self.numbers, self.images, self.decision, self.saved = (ipywidgets.HTML() for _ in range(4))
+        self.curves, self.batch = Layers(), Layers()
+        self.widget = self._arranged()
+        self._connect()
+        self.select()
+
+    def _arranged(self) -> ipywidgets.Widget:
+        button = ipywidgets.Button(description="Save", tooltip="Keep this threshold for the command line and CADet.predict")
+        button.on_click(lambda _: self.save())
+        one = ipywidgets.VBox([self.numbers, self.curves.widget, self.images])
+        many = ipywidgets.VBox([ipywidgets.HBox([self.q, self.share]), self.decision, self.batch.widget])
+        tabs = ipywidgets.Tab([one, many], titles=["One image at a time", "A whole batch"])
+        choice = ipywidgets.HBox([ipywidgets.VBox([self.detector, self.normal]), self.anomalies])
+        keep = ipywidgets.HBox([self.file, button, self.saved])
+        return ipywidgets.VBox([choice, self.slider, tabs, keep]).add_class("cadet-explorer")
+
+    def _connect(self) -> None:
+        for control in (self.detector, self.normal, self.anomalies):
+            control.observe(lambda _: self.select(), names="value")
+        self.slider.observe(lambda _: self.move(), names="value")
+        self.q.observe(lambda _: self.move_batch(), names="value")
+        self.share.observe(lambda _: self.select_batch(), names="value")
+
+    @property
+    def threshold(self) -> float:
+        """The chosen threshold; the slider's ends, which are powers of ten up to rounding, are exactly 1 / (n + 1) and 1."""
+        n = len(self.detectors[self.detector.value]["calibration_scores"])
+        value = float(self.slider.value)
+        return next((end for end in (1 / (n + 1), 1.0) if abs(value - end) < 1e-9 * end), value)
+
+    def select(self) -> None:
+        """Another detector or other sets: everything is drawn anew."""
+        row = self.detectors[self.detector.value]
+        self.calibration = row["calibration_scores"]
+        self.slider.min = float(np.log10(1 / (len(self.calibration) + 1)))
+        colours = {c["name"]: plots.COLOURS[k % len(plots.COLOURS)] for k, c in enumerate(row["curves"])}
+        named = self.anomalies.value or self.anomalies.options[:1]
+        picked = thresholds.chosen(row["curves"], self.normal.value, named)
+        self.shown = [{**curve, "colour": colours[curve["name"]]} for curve in picked]
+        self.curves.draw(plots.explorer(self.shown))
+        self.select_batch()
+        self.move()
+
+    def select_batch(self) -> None:
+        """Another batch: as many normal images and anomalies, of all sets shown, as the share asks for."""
+        odd = np.sort(np.concatenate([curve["p_values"] for curve in self.shown[1:]]))
+        self.normal_p, self.odd_p = thresholds.batch_parts(self.shown[0]["p_values"], odd, self.share.value)
+        self.batch.draw(plots.batch(self.normal_p, self.odd_p))
+        self.move_batch()
+
+    def move(self) -> None:
+        """Another threshold: look-ups, marks and a few images."""
+        n, value = len(self.calibration), self.threshold
+        point = thresholds.operating_point(self.shown, n, value)
+        self.numbers.value = plots.operating_html(self.shown, point, value, n)
+        self.curves.move(plots.threshold_marks(self.shown, self.calibration, value))
+        self.images.value = plots.examples_html(thresholds.examples(self.shown, value), self.uri)
+        self.move_batch()
+
+    def move_batch(self) -> None:
+        """Another threshold or level for the batch."""
+        rows = thresholds.batch_decision(self.normal_p, self.odd_p, self.threshold, self.q.value)
+        self.decision.value = plots.batch_html(rows, self.q.value)
+        smallest = min(self.normal_p[0], self.odd_p[0])
+        self.batch.move(plots.batch_marks(rows[0]["n"], self.threshold, self.q.value, smallest))
+
+    def save(self) -> None:
+        """Write the threshold with its guarantees, and what it found here, to the file that is named."""
+        row = self.detectors[self.detector.value]
+        kept = thresholds.guaranteed(self.threshold, row["fingerprint"], len(self.calibration))
+        found = thresholds.operating_point(self.shown, len(self.calibration), self.threshold)["flagged"]
+        try:
+            path = thresholds.write(self.file.value, kept, detector_name=row["name"], flagged=found)
+            self.saved.value = f"saved: {path.name}, p ≤ {kept.threshold:.4g}"
+        except OSError as error:
+            self.saved.value = f"not saved: {error.strerror or error}"
+
+
+def threshold_explorer(
+    detectors: Sequence[Row], sets: Mapping[str, Any], alpha: float = 0.05, q: float = 0.1, save_to: str | Path = "threshold.json"
+) -> ipywidgets.Widget:
+    """The explorer as a widget: see `ThresholdExplorer`."""
+    return ThresholdExplorer(detectors, sets, alpha, q, save_to).widget

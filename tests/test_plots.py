@@ -1,4 +1,4 @@
-"""Figures show the rows they are given, in the open and in order; the explorer's slider changes what is shown."""
+"""Figures show the rows they are given, in the open and in order."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from cadetlib import metrics, plots, widgets
+from cadetlib import plots
 
 
 def row(**values):
@@ -99,22 +99,3 @@ def test_names_at_line_ends_do_not_cover_one_another():
         boxes = [text.get_window_extent() for text in axes.texts]
         assert len(boxes) == 4
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-@pytest.mark.parametrize("threshold", [0.011, 0.05, 0.5, 1.0])
-def test_the_explorer_counts_what_is_at_or_below_the_threshold(threshold):
-    point = widgets.operating_point(CURVES, 99, threshold)
-    assert point["flagged"] == {c["name"]: np.mean(np.asarray(c["p_values"]) <= threshold) for c in CURVES}
-    if threshold < 1:
-        assert point["expected"] == metrics.beta_false_positive_interval(99, threshold)
-    with pytest.raises(ValueError, match="threshold: found 0"):
-        widgets.operating_point(CURVES, 99, 0)
-
-
-def test_moving_the_slider_changes_words_and_picture():
-    slider, words, picture = widgets.threshold_explorer(CURVES, 99, 0.05).children
-    before = words.value, picture.value
-    slider.value = 0.6
-    assert "p ≤ 0.6" in words.value and "FGSM 100.0%" in words.value
-    assert before[0] != words.value and before[1] != picture.value
-    assert 10**slider.min == pytest.approx(1 / 100)

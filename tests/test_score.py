@@ -107,6 +107,11 @@ def test_a_score_depends_on_its_image_alone_to_the_last_bit(home, detector, tmp_
     monkeypatch.setattr(score, "_CHUNK", 5)
     run("score", home, "--out", tmp_path / "b.csv", "--workers", 3)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    passes = []
+    detector.encoder.register_forward_hook(lambda module, given, _: passes.append(len(given[0])))
+    for n in (1, 4, 5):
+        score.view_sums(detector, torch.rand(n, 3, 16, 16))
+    assert passes == [24] * 4, "convolutions round by the size of their batch, so that all must be filled up alike"
     alone = fill(tmp_path / "alone", ["x.png"], 300)  # the pixels of a.png
     run("score", home, "--out", tmp_path / "c.csv", "--images", alone)
     assert table(tmp_path / "c.csv")["x.png"]["score"] == table(tmp_path / "a.csv")["a.png"]["score"]
