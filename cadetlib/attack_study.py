@@ -102,3 +102,12 @@ class AtLayer(nn.Module):
         for stage in (e.layer1, e.layer2, e.layer3, e.layer4)[: self.n_stages]:
             x = stage(x)  # type: ignore[operator]
         return x.mean(dim=(2, 3))
+
+
+def untrained(encoder: nn.Module, seed: int = 0) -> nn.Module:
+    """A ResNet of this project with its weights as before any training."""
+    if not isinstance(encoder, encoders.ResNet):
+        raise ValueError(f"encoder: found {type(encoder).__name__}, expected a ResNet of this project, of known stages")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return encoders.ResNet(**encoder.config).to(encoders.device_of(encoder)).eval()

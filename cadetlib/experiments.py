@@ -127,33 +127,44 @@ def small_sample_aurocs(
     anomalies: Mapping[str, Tensor],
     sizes: Sequence[int] = (3, 5, 10, 20),
     n_draws: int = 5000,
-    n_perm: int = 100,
+    n_perms: Sequence[int] = (100,),
     seed: int = 0,
+    paired: Collection[str] = (),
 ) -> list[Row]:
     """Table 2: AUROC of the tests' p-values, S_Q in-distribution against S_Q anomalous, for samples of n images.
 
     reference: (N, D) in-distribution embeddings, from which S_P(1), S_P(2) and the in-distribution S_Q are drawn, disjoint;
-    anomalies: name -> (M, D). `ceiling` is the largest AUROC that p-values of n_perm splits allow when every anomalous draw has
-    the smallest p-value: 1 - 0.5 / (n_perm + 1). `level` is the rejection rate at 0.05 without anomalies.
+    anomalies: name -> (M, D); paired: names of those made from the reference image by image, drawn from images that are in no
+    other sample. `ceiling` is the largest AUROC that p-values of n_perm splits allow when every anomalous draw has the smallest
+    p-value: 1 - 0.5 / (n_perm + 1). `level` is the rejection rate at 0.05 without anomalies.
     """
     rows = []
     for name, anomalous in anomalies.items():
         z = mmd.centred(torch.cat([reference, anomalous]))
         gram = z @ z.T
-        ours, theirs = torch.arange(len(reference)), torch.arange(len(reference), len(z))
         for n in sizes:
-            x1, x2, y_in = draws_without_overlap(ours, n_draws, (n, n, n), seed)
-            (y_out,) = draws_without_overlap(theirs, n_draws, (n,), seed + 1)
-            normal = mmd.test_draws(gram, x1, x2, y_in, n_perm, seed)
-            odd = mmd.test_draws(gram, x1, x2, y_out, n_perm, seed + 1)
-            for test, p_in, p_out in (("MMD", normal.mmd, odd.mmd), ("MMD-CC", normal.mmd_cc, odd.mmd_cc)):
-                low, high = metrics.bootstrap_interval(p_in, p_out, n_boot=200)
-                level = float((p_in <= 0.05).double().mean())
-                rows.append(
-                    dict(test=test, anomaly=name, n=n, auroc=metrics.auroc(p_in, p_out), low=low, high=high, level=level)
-                    | dict(ceiling=1 - 0.5 / (n_perm + 1), n_perm=n_perm)
-                )
+            x1, x2, y_in, y_out = _draws_of_anomaly(len(reference), len(anomalous), name in paired, n, n_draws, seed)
+            for n_perm in n_perms:
+                normal = mmd.test_draws(gram, x1, x2, y_in, n_perm, seed)
+                odd = mmd.test_draws(gram, x1, x2, y_out, n_perm, seed + 1)
+                for test, p_in, p_out in (("MMD", normal.mmd, odd.mmd), ("MMD-CC", normal.mmd_cc, odd.mmd_cc)):
+                    low, high = metrics.bootstrap_interval(p_in, p_out, n_boot=200)
+                    level = float((p_in <= 0.05).double().mean())
+                    rows.append(
+                        dict(test=test, anomaly=name, n=n, auroc=metrics.auroc(p_in, p_out), low=low, high=high, level=level)
+                        | dict(ceiling=1 - 0.5 / (n_perm + 1), n_perm=n_perm)
+                    )
     return rows
+
+
+def _draws_of_anomaly(n_reference: int, n_odd: int, paired: bool, n: int, n_draws: int, seed: int) -> list[Tensor]:
+    """Indices of S_P(1), S_P(2) and of both S_Q, in-distribution and anomalous, the anomalies lying below the reference."""
+    ours = torch.arange(n_reference)
+    if paired:
+        x1, x2, y_in, y_out = draws_without_overlap(ours, n_draws, (n, n, n, n), seed)
+        return [x1, x2, y_in, y_out + n_reference]
+    (y_out,) = draws_without_overlap(n_reference + torch.arange(n_odd), n_draws, (n,), seed + 1)
+    return [*draws_without_overlap(ours, n_draws, (n, n, n), seed), y_out]
 
 
 # --- Section 5 ----------------------------------------------------------------------------------------------------------
@@ -314,17 +325,20 @@ def summary(pairs: Sequence[Pair], n_boot: int = 500) -> Row:
     )
 
 
-def moments(sums: embed.ViewSums, detector: cadet.CADet) -> Row:
-    """A column of Table 5: mean and variance of m_in and m_out, and gamma's share of the mean."""
+def moments(sums: embed.ViewSums, detector: cadet.CADet, n_boot: int = 500, seed: int = 0) -> Row:
+    """A column of Table 5 for one fitted detector: mean and variance of m_in and m_out, and gamma's share of the mean.
+
+    Beside each value its `_low` and `_high`: 95 % percentile bootstrap over images, the detector held fixed.
+    """
     m_in, m_out = detector.similarities_of_sums(sums)
-    return dict(
-        mean_m_in=float(m_in.mean()),
-        mean_m_out=float(m_out.mean()),
-        mean_gamma_m_out=float(detector.gamma_ * m_out.mean()),
-        variance_m_in=float(m_in.var()),
-        variance_m_out=float(m_out.var()),
-        n=len(m_in),
-    )
+    drawn = torch.randint(len(m_in), (n_boot, len(m_in)), generator=torch.Generator().manual_seed(seed))
+    row: Row = dict(n=len(m_in))
+    for name, values in dict(m_in=m_in, m_out=m_out, gamma_m_out=detector.gamma_ * m_out).items():
+        for moment, of in (("mean", torch.mean), ("variance", torch.var)):
+            low, high = of(values[drawn], dim=1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+            key = f"{moment}_{name}"
+            row |= {key: float(of(values, dim=0)), f"{key}_low": low, f"{key}_high": high}
+    return row
 
 
 def view_sums_of_sets(
@@ -392,6 +406,17 @@ def labelled(name: str, classes: Sequence[int], size: int, n: int = 0, seed: int
     return replace(chosen, labels=positions(chosen.labels, classes))
 
 
+def anomalous(images: data.ImageSet, n: int, size: int, in_distribution: str, n_held_out: int, seed: int) -> Tensor:
+    """The first n images of a set of anomalies (0: all), brought to size x size: (n, 3, size, size).
+
+    Of a set made from the in-distribution one (`name:corruption-severity`), only images that `some_of` leaves: no image is
+    calibrated on in one form and scored in another.
+    """
+    if images.name.startswith(f"{in_distribution}:"):
+        images = set_aside(images, n_held_out, min(n or len(images), len(images) - n_held_out), seed)
+    return images[: n or len(images)].resized(size).images
+
+
 def set_aside(images: data.ImageSet, n_held_out: int, n: int, seed: int) -> data.ImageSet:
     """n images that `some_of(images, n_held_out, seed)` leaves: to tune on what nothing else may see."""
     return images[data.split(len(images), {"held out": n_held_out, "aside": n}, seed)["aside"].sort().values]
@@ -405,14 +430,22 @@ def accuracy(classifier: encoders.Classifier, images: data.ImageSet) -> float:
 
 
 def encoder_quality(encoder: nn.Module, training: data.ImageSet, held_out: data.ImageSet) -> Row:
-    """What an encoder's features know of the labels: kNN and linear-probe accuracy on held-out images."""
+    """What an encoder's features know of the labels: kNN and linear-probe accuracy on held-out images.
+
+    Beside each accuracy the `_low` and `_high` of its 95 % interval (Clopper-Pearson): over images, the encoder held fixed.
+    """
     if training.labels is None or held_out.labels is None:
         raise ValueError(f"found no labels in {training.name} or {held_out.name}, expected labelled images")
     known, asked = embed.embed(encoder, training.images), embed.embed(encoder, held_out.images)
     head = probe.linear_probe(known, training.labels)
-    return dict(
+    accuracies = dict(
         knn_accuracy=probe.knn_accuracy(known, training.labels, asked, held_out.labels),
         linear_probe_accuracy=float((head(asked).argmax(1) == held_out.labels).double().mean()),
+    )
+    intervals = {k: metrics.binomial_interval(round(v * len(held_out)), len(held_out)) for k, v in accuracies.items()}
+    return dict(
+        **accuracies,
+        **{f"{k}_{end}": getattr(interval, end) for k, interval in intervals.items() for end in ("low", "high")},
         n_classes=int(training.labels.max()) + 1,
         n_features=known.shape[1],
         n_parameters=encoders.n_parameters(encoder),
@@ -473,8 +506,18 @@ class Asker:
         return sums[self.divisions[split].test] if name == "in-distribution" or self.paired[name] else sums
 
     def moments(self, n_views: int) -> dict[str, Row]:
-        """Table 5, on the first split."""
-        return {name: moments(self.tested(name), self.detector(n_views)) for name in self.sums}
+        """Table 5: each value and the ends of its interval are means over the splits, as in metrics.splits_interval.
+
+        `gamma` is Eq. 7's, with its smallest and largest value over the splits as `gamma_low` and `gamma_high`.
+        """
+        gammas = self.gammas(n_views)
+        weight = dict(gamma=float(np.mean(gammas)), gamma_low=min(gammas), gamma_high=max(gammas))
+        detectors = [self.detector(n_views, split) for split in range(len(self.divisions))]
+        columns = {}
+        for name in self.sums:
+            rows = [moments(self.tested(name, split), detector) for split, detector in enumerate(detectors)]
+            columns[name] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} | weight | dict(n=rows[0]["n"])
+        return columns
 
     def gammas(self, n_views: int) -> list[float]:
         """gamma of Eq. 7 on each split."""

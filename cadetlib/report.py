@@ -31,10 +31,10 @@ NOTEBOOKS = {
 }
 FIGURES = {
     "01_pretraining": ("01_training",),
-    "02_cifar10_vs_cifar10_1": ("02_rejection_rates", "02_figure_1a"),
+    "02_cifar10_vs_cifar10_1": ("02_rejection_rates", "02_trained_tests", "02_figure_1a"),
     "03_small_samples": ("03_small_samples",),
-    "04_cadet_tables": ("04_detection", "04_figure_1b"),
-    "05_ablations": ("05_similarities", "05_parts", "05_figure_2", "05_gamma", "05_reference", "05_crop"),
+    "04_cadet_tables": ("04_detection", "04_comparison", "04_figure_1b"),
+    "05_ablations": ("05_similarities", "05_parts", "05_figure_2", "05_gamma", "05_reference", "05_crop", "05_attack_study"),
     "06_thresholds": ("06_calibration", "06_operating_point"),
     "07_your_own_images": ("07_most_anomalous",),
 }
@@ -139,6 +139,7 @@ def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:
         "table_2": tables.table_2_layouts(results["03"]["rows"]),
         "table_3": tables.detection_layout(results["04"]["rows"], 3),
         "table_4": tables.detection_layout(results["04"]["rows"], 4),
+        "cost": tables.cost_layout(results["04"]["rows"]),
         "table_5": tables.table_5_layout(ablations["moments"]),
     }
 

@@ -16,6 +16,7 @@ from cadetlib import paper
 Row = Mapping[str, Any]
 PAPER_ATTACKS = {"FGSM": "FGSM", "PGD": "PGD", "CW-L2": "CW", "CW-L2-ball": "CW", "CW-Linf": "CW"}
 UNSEEN = ("iNaturalist", "ImageNet-O")
+PAPER_N_PERM = 100  # splits per test behind Table 2, whose ceiling is 1 - 0.5 / 101
 SIGNIFICANT = 0.05  # p-value of a difference to CADet below which a table says so
 
 
@@ -51,13 +52,18 @@ def table_1(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def table_2(rows: Sequence[Row]) -> pd.DataFrame:
-    """AUROC (%) of the tests' p-values by test and encoder, over anomalies and sample sizes; the paper's below ours."""
-    ours = [((r["test"], r["encoder"], r["anomaly"]), f"n = {r['n']}", percent(r)) for r in rows]
+    """AUROC (%) of the tests' p-values by test, encoder, anomaly and number of splits, over n; the paper's below ours."""
+    ours = [((r["test"], r["encoder"], _splits(r)), f"n = {r['n']}", percent(r)) for r in rows]
     theirs = [
         ((r["test"], r["encoder"], f"paper: {r['distribution']}"), f"n = {r['size']}", f"{r['value']:.1f}")
         for r in paper.TABLE_2.records()
     ]
     return _wide([*ours, *theirs], ("test", "encoder", "anomaly"))
+
+
+def _splits(row: Row) -> str:
+    """An anomaly, with the number of splits behind the p-values where it is not the paper's."""
+    return row["anomaly"] if row["n_perm"] == PAPER_N_PERM else f"{row['anomaly']}, {row['n_perm']} splits"
 
 
 def paper_value(detector: str, encoder: str, anomaly: str) -> tuple[float | None, str]:
@@ -82,11 +88,13 @@ def _printed_system(record: Row) -> str:
 
 
 def counterparts(anomaly: str) -> tuple[str, ...]:
-    """The paper's sets nearest to one of ours.
+    """The paper's sets nearest to one of ours; none for in-distribution images after a corruption, which it does not have.
 
-    >>> counterparts("CW-Linf"), counterparts("imagenet-o"), counterparts("digits-7-to-9")
-    (('CW',), ('ImageNet-O',), ('iNaturalist', 'ImageNet-O'))
+    >>> counterparts("CW-Linf"), counterparts("imagenet-o"), counterparts("digits-7-to-9"), counterparts("cifar10-test:jpeg-3")
+    (('CW',), ('ImageNet-O',), ('iNaturalist', 'ImageNet-O'), ())
     """
+    if ":" in anomaly:
+        return ()
     if anomaly in PAPER_ATTACKS:
         return (PAPER_ATTACKS[anomaly],)
     return tuple(name for name in UNSEEN if name.lower() == anomaly.lower()) or UNSEEN
@@ -131,17 +139,32 @@ def details(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def table_5(columns: Mapping[str, Row]) -> pd.DataFrame:
-    """Mean and variance of m_in and m_out for each set, in the paper's layout; set -> moments."""
-    frame = pd.DataFrame(columns)
+    """Mean and variance of m_in and m_out for each set, with intervals, in the paper's layout; set -> moments.
+
+    The last line is γ with its range over splits. Older results, which lack intervals or γ, are shown without.
+    """
     lines = {
-        ("mean", "m_in"): ("mean_m_in", "{:.3f}"),
-        ("mean", "m_out"): ("mean_m_out", "{:.3f}"),
-        ("mean", "γ m_out"): ("mean_gamma_m_out", "{:.3f}"),
-        ("variance", "m_in"): ("variance_m_in", "{:.1e}"),
-        ("variance", "m_out"): ("variance_m_out", "{:.1e}"),
+        ("mean", "m_in"): "mean_m_in",
+        ("mean", "m_out"): "mean_m_out",
+        ("mean", "γ m_out"): "mean_gamma_m_out",
+        ("variance", "m_in"): "variance_m_in",
+        ("variance", "m_out"): "variance_m_out",
+        ("weight", "γ"): "gamma",
     }
-    body = [[form.format(value) for value in frame.loc[key]] for key, form in lines.values()]
-    return pd.DataFrame(body, index=pd.MultiIndex.from_tuples(lines), columns=frame.columns)
+    shown = {place: key for place, key in lines.items() if all(key in row for row in columns.values())}
+    body = [[_moment(row, key) for row in columns.values()] for key in shown.values()]
+    return pd.DataFrame(body, index=pd.MultiIndex.from_tuples(shown), columns=list(columns))
+
+
+def _moment(row: Row, key: str) -> str:
+    """A value of Table 5 with its interval, where it has one: "0.954 [0.951, 0.957]".
+
+    >>> _moment(dict(mean_m_in=0.954, variance_m_in=2.1e-4, variance_m_in_low=1.9e-4, variance_m_in_high=2.4e-4), "variance_m_in")
+    '2.1e-04 [1.9e-04, 2.4e-04]'
+    """
+    form = ".1e" if key.startswith("variance") else ".3f"
+    interval = f" [{row[f'{key}_low']:{form}}, {row[f'{key}_high']:{form}}]" if f"{key}_low" in row else ""
+    return f"{row[key]:{form}}{interval}"
 
 
 def verdict(row: Row, value: float | None) -> str:
@@ -233,11 +256,21 @@ def table_1_layouts(rows: Sequence[Row]) -> list[Layout]:
     return layouts
 
 
+def paper_n_perm(rows: Sequence[Row]) -> list[Row]:
+    """Table 2's rows with the paper's number of splits, or with the smallest there is: one for each cell."""
+    fewest = min(r["n_perm"] for r in rows)
+    return [r for r in rows if r["n_perm"] == (PAPER_N_PERM if any(q["n_perm"] == PAPER_N_PERM for q in rows) else fewest)]
+
+
 def table_2_layouts(rows: Sequence[Row]) -> list[Layout]:
     """Table 2, a layout for each of our kinds of anomaly, beside the paper's nearest."""
     layouts = []
     for anomaly in dict.fromkeys(r["anomaly"] for r in rows):
-        ours = {(_system(r["test"], r["encoder"]), f"n = {r['n']}"): _cell(percent(r)) for r in rows if r["anomaly"] == anomaly}
+        ours = {
+            (_system(r["test"], r["encoder"]), f"n = {r['n']}"): _cell(percent(r))
+            for r in paper_n_perm(rows)
+            if r["anomaly"] == anomaly
+        }
         groups: dict[str, Cells] = {f"here: {anomaly}": ours}
         for name in dict.fromkeys(str(name) for name, _ in paper.TABLE_2.columns if name in counterparts(anomaly)):
             theirs = [r for r in paper.TABLE_2.records() if r["distribution"] == name]
@@ -252,7 +285,7 @@ def detection_layout(rows: Sequence[Row], number: int) -> Layout:
     table = paper.TABLES[number]
     printed = [column[0] for column in table.columns]
     own = [r for r in rows if (r["anomaly"] in PAPER_ATTACKS) == (number == 4)]
-    own.sort(key=lambda r: printed.index(counterparts(r["anomaly"])[0]))
+    own.sort(key=lambda r: min((printed.index(name) for name in counterparts(r["anomaly"])), default=len(printed)))
     ours = {(_system(r["detector"], r["encoder"]), r["anomaly"]): _cell(percent(r), _note(r)) for r in own}
     theirs = {
         (_system(_printed_system(r), r["encoder"]), r["distribution"]): Cell(f"{r['value']:.2f}")
@@ -289,17 +322,22 @@ def cost_layout(rows: Sequence[Row]) -> Layout:
 
 def table_5_layout(columns: Mapping[str, Row]) -> Layout:
     """Table 5, a line for each set: each of ours above the paper's nearest; set -> moments, as in `table_5`."""
-    forms = {"mean m_in": "{:.3f}", "mean m_out": "{:.3f}", "mean gamma_m_out": "{:.3f}"}
-    forms |= {"variance m_in": "{:.1e}", "variance m_out": "{:.1e}"}
-    theirs = {(f"{r['distribution']} (paper)", f"{r['moment']} {r['similarity']}"): r["value"] for r in paper.TABLE_5.records()}
-    ours = {(f"{name} (here)", form): row[form.replace(" ", "_")] for name, row in columns.items() for form in forms}
-    cells = {key: Cell(forms[key[1]].format(value)) for key, value in (ours | theirs).items() if value is not None}
+    forms = ("mean m_in", "mean m_out", "mean gamma_m_out", "variance m_in", "variance m_out")
+    cells = {
+        (f"{name} (here)", form): _cell(_moment(row, form.replace(" ", "_"))) for name, row in columns.items() for form in forms
+    }
+    for r in paper.TABLE_5.records():
+        key = f"{r['moment']}_{r['similarity']}"
+        if r["value"] is not None:
+            cells[f"{r['distribution']} (paper)", key.replace("_", " ", 1)] = _cell(_moment({key: r["value"]}, key))
     order: list[str] = []
     for names in (("ImageNet",), UNSEEN, ("PGD",), ("CW",), ("FGSM",)):
         near = [name for name in columns if ("ImageNet",) == names and name == "in-distribution"]
         near += [name for name in columns if name != "in-distribution" and set(counterparts(name)) <= set(names)]
         order += [f"{name} (here)" for name in near] + [f"{name} (paper)" for name in names]
-    layout = beside("Mean and variance of the similarities", "images", {"": cells}, order)
+    weight = next((_moment(row, "gamma") for row in columns.values() if "gamma" in row), "")
+    caption = "Mean and variance of the similarities" + (f"; γ = {weight}, its range over splits" if weight else "")
+    layout = beside(caption, "images", {"": cells}, order)
     return layout._replace(groups=[("", [form.replace("gamma_m", "γ m") for form in forms])])
 
 

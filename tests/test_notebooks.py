@@ -48,7 +48,7 @@ def test_named_sets_and_attacks_exist(profile):
         given = notebook.parameters
         names = [given.get(k) for k in ("in_distribution", "reference", "data", "knn_data") if given.get(k)]
         names += given.get("unseen", []) + given.get("shifted", []) + given.get("data_sets", []) + given.get("data_required", [])
-        assert set(names) <= set(SOURCES), f"{profile}/{notebook.name}"
+        assert {name.partition(":")[0] for name in names} <= set(SOURCES), f"{profile}/{notebook.name}"
         assert set(given.get("attacks", [])) <= set(ATTACKS), f"{profile}/{notebook.name}"
 
 
@@ -57,7 +57,9 @@ def test_notebooks_of_a_profile_agree(profile):
     """03 attacks and 02 to 04 look at images in the size and with the attacks that 01 and 04 use."""
     given = {n.name[:2]: n.parameters for n in reproduce.notebooks_of(profile)}
     assert {given[k]["image_size"] for k in ("01", "02", "03", "04")} == {given["01"]["image_size"]}
-    assert given["01"]["classes"] == given["03"]["classes"] == given["04"]["classes"]
+    assert given["01"]["classes"] == given["03"]["classes"] == given["04"]["classes"] == given["05"]["classes"]
+    assert given["03"]["victim_name"] == given["04"]["victim_name"]
+    assert given["04"]["training"] == given["05"]["training"] == given["01"]["data"]
     assert given["03"]["n_held_out"] == given["04"]["n_held_out"], "the attacks of 03 would be made again for 04"
     shared = set(given["03"]) & set(given["04"]) & {k for k in given["04"] if any(k.startswith(a + "_") for a in ATTACKS)}
     assert shared and all(given["03"][k] == given["04"][k] for k in shared)
