@@ -1,0 +1,105 @@
+"""Rows of Tables 3 and 4: the right images against the right images, and no system that has seen an anomaly before it scores."""
+
+import pytest
+import torch
+from torch import nn
+
+from cadetlib import attack_study, attacks, cadet, comparison, data, encoders, experiments, metrics
+from cadetlib.experiments import IN_DISTRIBUTION
+from cadetlib.views import EvalViews
+
+NAMES = ["MSP", "Mahalanobis", "ViM", "kNN", "SSD"]
+HU = dict(cap_targeted=3, cap_untargeted=3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small network with a probe, digits 0 to 4 held out, 5 to 9 unseen, and attacked digits."""
+    torch.manual_seed(0)
+    network = encoders.ResNet("resnet10", 4, "cifar", 8).eval()
+    digits = data.load("digits-test")
+    held_out, unseen = digits.of_classes(range(5))[:90], digits.of_classes(range(5, 10))[:40]
+    training = data.load("digits-train").of_classes(range(5))[:200]
+    file = encoders.save_encoder(network, tmp_path_factory.mktemp("encoder") / "encoder.safetensors")
+    known = comparison.known(network, file, training)
+    moved = attacks.fgsm(known.classifier, held_out.images, held_out.labels, eps=0.1)
+    sets = {IN_DISTRIBUTION: held_out.images, "unseen": unseen.images, "FGSM": moved}
+    divisions = experiments.splits(90, 2, 20, 30)
+    field = comparison.Field(sets, {IN_DISTRIBUTION: False, "unseen": False, "FGSM": True}, divisions)
+    return network, known, field
+
+
+def all_rows(network, known, field, encoder="contrastive"):
+    views, grid = EvalViews(8), [4]
+    sums = experiments.view_sums_of_sets(network, field.sets, views, grid, say=lambda _: None)
+    cadet_pairs = {}
+    detector = cadet.CADet(network, n_views=4, image_size=8)
+    rows, _ = comparison.cadet_rows(encoder, field, sums, detector, cadet_pairs)
+    clean = field.sets[IN_DISTRIBUTION][:10]
+    tuning = (clean, attack_study.random_signs(clean, 0.2))
+    rows += comparison.post_hoc_rows(NAMES, encoder, field, known, cadet_pairs, say=lambda _: None)
+    rows += comparison.odin_rows(encoder, field, known, tuning, cadet_pairs, say=lambda _: None)
+    small = field.first(15, [name for name in field.anomalies if field.paired[name]])
+    return rows + comparison.hu_rows(encoder, small, known, tuning, cadet_pairs, HU, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    return all_rows(*world)
+
+
+def of(rows, detector, anomaly):
+    (row,) = [r for r in rows if (r["detector"], r["anomaly"]) == (detector, anomaly)]
+    return row
+
+
+def test_every_system_has_its_row(rows):
+    systems = {row["detector"] for row in rows}
+    assert systems == {"CADet", *NAMES, "ODIN", "ODIN tuned", "Hu", "HuSelfCalibrated", "Hu tuned"}
+    assert {row["detector"] for row in rows if row["tuned"]} == {"ODIN tuned", "Hu tuned"}
+    assert all(row["seconds"] > 0 and row["forwards"] >= 1 and 0 <= row["auroc"] <= 1 for row in rows)
+    assert {row["anomaly"] for row in rows if "Hu" in row["detector"]} == {"FGSM"}, "Hu's walks are for attacks"
+
+
+def test_a_row_is_the_mean_over_splits_of_its_own_images(world, rows):
+    """MSP by hand: attacked images count where their originals are test images, unseen ones everywhere."""
+    _, known, field = world
+    with torch.no_grad():
+        scores = {name: known.classifier(x.float() / (255 if x.dtype == torch.uint8 else 1)).double().softmax(1).amax(1)
+                  for name, x in field.sets.items()}  # fmt: skip
+    for anomaly, row in ((a, of(rows, "MSP", a)) for a in ("unseen", "FGSM")):
+        expected = [
+            metrics.auroc(scores[IN_DISTRIBUTION][d.test], scores[anomaly][d.test] if anomaly == "FGSM" else scores[anomaly])
+            for d in field.divisions
+        ]
+        assert row["splits"] == pytest.approx(expected, abs=2e-3)
+        assert row["auroc"] == pytest.approx(sum(expected) / 2, abs=2e-3)
+
+
+def test_the_difference_to_cadet_is_on_the_same_images(rows):
+    for anomaly in ("unseen", "FGSM"):
+        ours, theirs = of(rows, "CADet", anomaly), of(rows, "kNN", anomaly)
+        assert theirs["difference"] == pytest.approx(theirs["splits"][0] - ours["splits"][0], abs=1e-9)
+        assert 0 <= theirs["p_difference"] <= 1 and "difference" not in ours
+    hu = of(rows, "Hu", "FGSM")
+    assert (hu["n_in"], hu["n_out"]) == (15, 15) and "difference" in hu
+
+
+def test_no_score_depends_on_what_else_is_asked(world, rows):
+    """With other anomalies in the place of the unseen ones, FGSM's rows stay to the last bit: nothing fits to anomalies."""
+    network, known, field = world
+    others = comparison.Field(field.sets | {"unseen": 255 - field.sets["unseen"]}, field.paired, field.divisions)
+    changed = all_rows(network, known, others)
+    for system in {row["detector"] for row in rows}:
+        assert of(changed, system, "FGSM")["splits"] == of(rows, system, "FGSM")["splits"], system
+    assert of(changed, "CADet", "unseen")["splits"] != of(rows, "CADet", "unseen")["splits"]
+
+
+def test_a_head_in_the_file_is_taken_before_a_probe(world, tmp_path):
+    network = world[0]
+    head = nn.Linear(32, 5)
+    file = encoders.save_encoder(network, tmp_path / "classifier.safetensors", head=head)
+    training = data.load("digits-train").of_classes(range(5))[:50]
+    assert torch.equal(comparison.known(network, file, training).classifier.head.weight, head.weight)
+    with pytest.raises(ValueError, match="no labels"):
+        comparison.known(network, file, data.ImageSet("bare", training.images))
