@@ -134,15 +134,14 @@ def test_accuracy_test_has_the_hypergeometric_null():
 
 
 def test_logit_test_against_every_split():
-    """m = 3: all 20 splits by hand; the permutation p-value is their share, repeats of the observed split counted."""
-    logits = torch.tensor([0.1, 0.9, 0.7, 0.3, -0.2, 0.4])
-    values = logits.double().numpy()
-    splits = [(values[list(s)].sum() - np.delete(values, s).sum()) / 3 for s in itertools.combinations(range(6), 3)]
-    found = two_sample.logit_test(logits, 5000, seeded(0))
-    assert found.statistic == pytest.approx(splits[0])
-    share = np.mean(np.array(splits) >= splits[0] - 1e-9)
-    assert found.p_value == pytest.approx(share, abs=4 * (0.25 / 5000) ** 0.5)
-    assert sorted({round(float(v), 9) for v in found.null}) == sorted({round(v, 9) for v in splits})
+    """m = 3: all 20 splits in whole tenths; two have the observed value, and must count as ties whatever their rounding."""
+    tenths = [3, 5, 9, -2, 7, 1]
+    splits = [2 * sum(chosen) - sum(tenths) for chosen in itertools.combinations(tenths, 3)]
+    assert splits.count(splits[0]) == 2
+    found = two_sample.logit_test(torch.tensor(tenths).double() / 10, 5000, seeded(0))
+    assert found.statistic == pytest.approx(splits[0] / 30)
+    assert found.p_value == pytest.approx(np.mean(np.array(splits) >= splits[0]), abs=4 * (0.25 / 5000) ** 0.5)
+    assert {round(float(v) * 30) for v in found.null} == set(splits)
 
 
 # --- MMD-D --------------------------------------------------------------------------------------------------------------
