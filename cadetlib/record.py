@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,6 +109,62 @@ def read(path: str | Path) -> Loaded:
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(results, provenance) of a results file that verifies; errors as in `read`."""
     return read(path)[:2]
+
+
+# --- files beside the results -------------------------------------------------------------------------------------------
+
+
+def kept_files(folder: Path, name: str, results: Any) -> dict[str, str]:
+    """What the notebook `name` left beside its results file: path below `folder` -> SHA-256 of the file.
+
+    These are its figures, and the files that its results name by their path from the folder: encoders, image sets, a report.
+    """
+    named = {text for text in _texts(results) if _names_a_file(folder, text)}
+    about = [path for path in (folder / "figures").glob("*.json") if _drawn_by(path) == name]
+    drawn = {f"figures/{path.stem}.{suffix}" for path in about for suffix in ("svg", "png", "json")}
+    return {path: file_digest(folder / path) for path in sorted(named | drawn)}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in plain results, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _names_a_file(folder: Path, text: str) -> bool:
+    path = Path(text)
+    return not path.is_absolute() and ".." not in path.parts and os.path.isfile(folder / path)  # False also for what is no path
+
+
+def _drawn_by(about: Path) -> str | None:
+    """The notebook that a figure's description names; None when the file is no description."""
+    try:
+        return str(json.loads(about.read_bytes())["notebook"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def forced() -> bool:
+    """Whether this notebook is run by `reproduce --force`, which redoes also what was finished before: CADET_FORCE is 1."""
+    return os.environ.get("CADET_FORCE") == "1"
+
+
+def set_aside(folder: str | Path) -> Path | None:
+    """Rename a folder, as by --force, to the first free of <folder>.old-1, .old-2, ... -> its new path; None without one."""
+    folder = Path(folder)
+    if not folder.exists():
+        return None
+    aside = next(path for i in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.old-{i}")).exists())
+    return folder.rename(aside)
 
 
 # --- what can be saved --------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
 Every parameter is checked before anything starts. A notebook is skipped when its key (parameters, source, library, data and
 the results it needs) is the one its results on disk were made with, so that after a failure or a kill the same command goes
 on where it stopped. A notebook is done when papermill ended well and the results of this very run are on disk: a killed
-kernel leaves papermill's cells looking completed. Exit codes: 0 all results on disk, 1 a notebook failed, 2 refused.
+kernel leaves papermill's cells looking completed. It is done no more when its figures, or files that its results name, are
+lost or changed. --force redoes what is done, training too. Exit codes: 0 all results on disk, 1 a notebook failed, 2 refused.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 # Threads that wait asleep: on a busy machine, spinning ones take the cores from those they wait for (twice the CPU time).
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 QUIET = {"PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+FORCE = (
+    "redo also what is done and unchanged, finished pretraining included (an earlier run of it is renamed to FOLDER.old-1 and so "
+    "on); attacked images and embeddings in DIR/cache, kept under a digest of all that they depend on, are used again: to redo "
+    "these as well, delete that folder"
+)
 NOISE = re.compile(
     r"(Executing|Ending) Cell \d+-+$|(In|Out)put Notebook: |Executing notebook with|\[IPKernelApp\] WARNING .* over TCP"
 )
@@ -207,12 +213,20 @@ def _done_file(folder: Path, name: str) -> Path:
 
 
 def is_done(folder: Path, name: str, key: str | None = None) -> bool:
-    """Whether a notebook was finished (with that key) and its results on disk verify and are those of that run."""
+    """Whether a notebook was finished (with that key), and its results and the files beside them are those of that run."""
     try:
         done = json.loads(_done_file(folder, name).read_bytes())
-        return key in (None, done["key"]) and record.read(folder / f"{name}.json").digest == done["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if key not in (None, done["key"]) or record.read(folder / f"{name}.json").digest != done["digest"]:
+            return False
+        return all(record.file_digest(folder / path) == digest for path, digest in done["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def mark_done(folder: Path, name: str, key: str, found: record.Loaded) -> None:
+    """Note that a notebook was finished, with what key, and which results and files it left."""
+    done = {"key": key, "digest": found.digest, "files": record.kept_files(folder, name, found.results)}
+    record.write_atomically(_done_file(folder, name), record.canonical(done) + "\n")
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
@@ -227,6 +241,7 @@ class Job:
     output: str  # as given with --output, absolute; "" for the profile's own folder
     library: str
     data: dict[str, int | None] | None
+    force: bool = False
 
 
 @dataclass
@@ -302,7 +317,7 @@ def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: in
     process = subprocess.Popen(
         [sys.executable, "-c", supervisor, str(os.getpid()), *_papermill(notebook, executed, job)],
         cwd=job.root,
-        env=_environment(job.root, run_id, slot, n_slots),
+        env=_environment(job, run_id, slot, n_slots),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -325,11 +340,12 @@ def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
     return [sys.executable, "-m", "papermill", source, target, "-f", file, *output, *options]
 
 
-def _environment(root: Path, run_id: str, slot: str | None, n_slots: int) -> dict[str, str]:
-    """The child's environment: this package and data root, no network, no stale distributed variables, its GPU."""
+def _environment(job: Job, run_id: str, slot: str | None, n_slots: int) -> dict[str, str]:
+    """The child's environment: this package and data root, no network, no stale distributed variables, --force, its GPU."""
     kept = processes.without_distributed(os.environ)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), kept.get("PYTHONPATH")]))
-    environment = OFFLINE | PATIENT | kept | QUIET | {"CADET_ROOT": str(root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
+    environment = OFFLINE | PATIENT | kept | QUIET | {"CADET_ROOT": str(job.root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
+    environment["CADET_FORCE"] = str(int(job.force))
     if kept.get("CADET_DATA"):
         environment["CADET_DATA"] = str(Path(kept["CADET_DATA"]).expanduser().absolute())
     if slot is not None:
@@ -364,7 +380,7 @@ def _finish(child: Child, job: Job) -> Outcome:
         why = why or str(error)
     if why:
         return Outcome("failed", seconds, f"{name} failed: {why}\n{_what_happened(job.folder, name)}")
-    record.write_atomically(_done_file(job.folder, name), record.canonical({"key": child.key, "digest": found.digest}) + "\n")
+    mark_done(job.folder, name, child.key, found)
     return Outcome("done", seconds)
 
 
@@ -507,7 +523,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cadetlib.reproduce", description="Run a profile's notebooks in order.")
     parser.add_argument("profile", help="a folder of params/, such as digits")
     parser.add_argument("--only", metavar="02,04", help="these notebooks alone; what they need must be on disk")
-    parser.add_argument("--force", action="store_true", help="redo also what is done and unchanged")
+    parser.add_argument("--force", action="store_true", help=FORCE)
     parser.add_argument("--gpus", metavar="0,1", help="run notebooks side by side, one on each of these GPUs")
     parser.add_argument("--output", metavar="DIR", default="", help="folder of the results (outputs/PROFILE in the checkout)")
     return parser.parse_args(arguments)
@@ -538,7 +554,7 @@ def reproduce(chosen: argparse.Namespace) -> int:
     folder = record.output_folder(chosen.profile, output)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
-        job = Job(root, folder, output, library_digest(), data_listing())
+        job = Job(root, folder, output, library_digest(), data_listing(), chosen.force)
         _check_needs(notebooks, selected, job)
         for n in selected if chosen.force else ():
             _done_file(folder, n.name).unlink(missing_ok=True)

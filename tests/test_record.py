@@ -153,6 +153,21 @@ def test_need_reads_results_of_this_profile_or_says_what_to_run(run, write_noteb
     assert f"-r output '{checkout}/my results'" in str(error.value)
 
 
+def test_a_forced_run_sets_the_old_one_aside(tmp_path, monkeypatch):
+    folder = tmp_path / "contrastive-1234abcd"
+    assert record.set_aside(folder) is None
+    for i in (1, 2):
+        record.write_atomically(folder / "encoder.bin", str(i))
+        assert record.set_aside(folder) == tmp_path / f"contrastive-1234abcd.old-{i}"
+    assert [(tmp_path / f"{folder.name}.old-{i}/encoder.bin").read_text() for i in (1, 2)] == ["1", "2"]
+    assert not folder.exists()
+    for value, expected in {None: False, "0": False, "1": True}.items():
+        monkeypatch.delenv("CADET_FORCE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CADET_FORCE", value)
+        assert record.forced() is expected
+
+
 def test_load_gives_only_what_this_run_saved(run):
     run.save(x=1)
     again = record.start("01_a", {"profile": "tiny", "output": "", "seed": 3, "tau": 0.5})

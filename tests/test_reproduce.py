@@ -108,7 +108,8 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(checkout, write_no
 
 @pytest.mark.slow
 def test_what_changed_is_redone_and_nothing_else(checkout, write_notebook, capsys, fixed_library):
-    write_notebook("00_a", "print('parity of', x)\nrun.save(parity=x % 2)", parameters="x = 1  # a number\n")
+    say = "print('parity of', x, 'forced' * record.forced())"
+    write_notebook("00_a", f"{say}\nrun.save(parity=x % 2)", parameters="x = 1  # a number\n")
     b = write_notebook("01_b", "parity = run.need('00_a')['parity']  # once\nrun.save(parity=parity)")
     c = write_notebook(
         "02_c", "parity = run.need('01_b')['parity']", "if parity:\n    raise RuntimeError('odd')\nrun.save(ok=True)"
@@ -155,7 +156,49 @@ def test_what_changed_is_redone_and_nothing_else(checkout, write_notebook, capsy
     assert "-m cadetlib.reproduce tiny --only 02\n" in output
     assert call("--only", "00")[::2] == (0, ["00_a"])
     assert call("--only", "00")[::2] == (0, [])
-    assert call("--only", "00", "--force")[::2] == (0, ["00_a"])
+    code, output, remade = call("--only", "00", "--force")
+    assert (code, remade, "parity of 2 forced\n" in output) == (0, ["00_a"], True)
+
+
+def test_a_file_lost_or_changed_is_noticed(checkout, write_notebook):
+    """Encoders, images, the report (whatever the results name) and figures; not what other notebooks left."""
+    from matplotlib import pyplot
+
+    for name in ("00_a", "01_b"):
+        write_notebook(name)
+    folder = checkout / "outputs/tiny"
+    for name in ("runs/1/encoder.bin", "images.bin", "report.html", "other.bin"):
+        record.write_atomically(folder / name, name)
+    for name in ("00_a", "01_b"):
+        run = record.start(name, {"profile": "tiny", "output": ""})
+        run.figure(pyplot.figure(figsize=(1, 1)), f"{name}_square", "a square")
+    run = record.start("00_a", {"profile": "tiny", "output": ""})
+    run.save(
+        encoders={"a": folder / "runs/1/encoder.bin"}, sets=[{"file": "images.bin"}], report="report.html", text="x" * 5000,
+        folder="runs", foreign=["../../params/tiny/00_a.yaml", "", "/etc/hostname"],
+    )  # fmt: skip
+    reproduce.mark_done(folder, "00_a", "key", record.read(run.path))
+    assert reproduce.is_done(folder, "00_a", "key")
+    own = ["runs/1/encoder.bin", "images.bin", "report.html", *(f"figures/00_a_square.{s}" for s in ("png", "svg", "json"))]
+    assert sorted(json.loads((folder / ".done/00_a.json").read_text())["files"]) == sorted(own)
+    for path in [folder / name for name in own]:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+        assert not reproduce.is_done(folder, "00_a", "key"), path
+        path.unlink()
+        assert not reproduce.is_done(folder, "00_a"), path
+        path.write_bytes(content)
+        assert reproduce.is_done(folder, "00_a", "key")
+    for other in ("other.bin", "figures/01_b_square.png"):
+        (folder / other).unlink()
+    assert reproduce.is_done(folder, "00_a", "key")
+
+
+def test_force_reaches_the_notebooks_and_nothing_else_does(checkout, monkeypatch):
+    for given, force in (("1", False), ("0", True)):
+        monkeypatch.setenv("CADET_FORCE", given)
+        job = reproduce.Job(checkout, checkout, "", "library", None, force)
+        assert reproduce._environment(job, "run", None, 1)["CADET_FORCE"] == str(int(force))
 
 
 def test_a_key_holds_all_that_results_depend_on(checkout, write_notebook, monkeypatch):
@@ -228,6 +271,9 @@ def test_gpus_take_notebooks_side_by_side(checkout, write_notebook, capsys, monk
     )
     edit(output / "00_a.json", '"4"' if '"4"' in (output / "00_a.json").read_text() else '"7"', '"5"')
     assert not reproduce.is_done(output, "00_a")
+    assert reproduce.is_done(output, "01_b")
+    (output / "figures/square.svg").unlink()
+    assert not reproduce.is_done(output, "01_b")
 
 
 # --- failures and kills ---------------------------------------------------------------------------------------------------
