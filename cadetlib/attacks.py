@@ -55,9 +55,7 @@ def pgd(
     The start is uniform in the ball as a function of (seed, the image's pixels), or the image itself. Images, labels, result
     and errors as for `fgsm`. Paper: eps 0.02, step 0.002, 50 steps; the random start is Madry et al.'s.
     """
-    checks.in_open_interval(eps, "eps", high=math.inf)
-    checks.in_open_interval(step, "step", high=math.inf)
-    checks.at_least(n_steps, "n_steps", 1)
+    _check_steps(n_steps, eps=eps, step=step)
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
         low, high = _linf_box(x, eps)
@@ -115,9 +113,7 @@ def cw_l2(
     raise c where that is often so, as on small images, whose changes are long (the original searches for c). No radius holds.
     Pixels of exactly 0 or 1 hardly move, since the tanh is flat there. Images, labels, result and errors as for `fgsm`.
     """
-    checks.in_open_interval(c, "c", high=math.inf)
-    checks.in_open_interval(lr, "lr", high=math.inf)
-    checks.at_least(n_steps, "n_steps", 1)
+    _check_steps(n_steps, c=c, lr=lr)
     _not_negative(confidence, "confidence")
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
@@ -126,7 +122,7 @@ def cw_l2(
         nearest, shortest = x, torch.full((len(x),), math.inf, device=x.device)
         for _ in range(n_steps + 1):  # the iterate after the last step counts too
             candidate = (torch.tanh(w) + 1) / 2
-            lead = _lead(encode(classifier, candidate, "classifier"), y)
+            lead = _lead(classifier, candidate, y)
             distance = (candidate - x).square().sum(dim=(1, 2, 3))
             nearer = ((lead < -confidence) & (distance < shortest)).detach()
             shortest = torch.where(nearer, distance, shortest).detach()
@@ -152,15 +148,13 @@ def cw_l2_ball(
     Each of n_steps steps has L2 length lr along the gradient and is projected back on the ball: Adam, which moves all pixels
     alike, would leave so small a ball at every step. Images, labels, result and errors as for `fgsm`, but the ball is L2.
     """
-    checks.in_open_interval(eps, "eps", high=math.inf)
-    checks.in_open_interval(lr, "lr", high=math.inf)
-    checks.at_least(n_steps, "n_steps", 1)
+    _check_steps(n_steps, eps=eps, lr=lr)
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
         moved = x
         for _ in range(n_steps):
             moved = moved.detach().requires_grad_()
-            lead = _lead(encode(classifier, moved, "classifier"), y)
+            lead = _lead(classifier, moved, y)
             gradient = _gradient(lead.sum(), moved)
             change = moved.detach() - lr * gradient / _l2(gradient).clamp(min=1e-12) - x
             moved = (x + change * (eps / _l2(change).clamp(min=eps))).clamp(0, 1)  # clamping brings it nearer to x, not out
@@ -186,9 +180,7 @@ def cw_linf(
     image's target is uniform over the other classes, a function of (seed, the image's pixels). Images, labels, result and
     errors as for `fgsm`. The defaults are those of Hu et al.'s program.
     """
-    checks.in_open_interval(eps, "eps", high=math.inf)
-    checks.in_open_interval(lr, "lr", high=math.inf)
-    checks.at_least(n_steps, "n_steps", 1)
+    _check_steps(n_steps, eps=eps, lr=lr)
     _not_negative(margin, "margin")
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
@@ -197,7 +189,7 @@ def cw_linf(
         moved = x.clone().requires_grad_()
         optimizer = torch.optim.Adam([moved], lr=lr)
         for _ in range(n_steps):
-            lead = _lead(encode(classifier, moved, "classifier"), target)
+            lead = _lead(classifier, moved, target)
             moved.grad = _gradient((margin - lead).clamp(min=0).sum(), moved)
             optimizer.step()
             with torch.no_grad():
@@ -290,6 +282,13 @@ def _in_range(labels: Tensor, n_classes: int) -> Tensor:
     return labels
 
 
+def _check_steps(n_steps: int, **sizes: float) -> None:
+    """At least one step, and sizes (a radius, a step, a weight) that are positive and finite."""
+    for name, size in sizes.items():
+        checks.in_open_interval(size, name, high=math.inf)
+    checks.at_least(n_steps, "n_steps", 1)
+
+
 def _not_negative(value: float, name: str) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: found {value}, expected a finite number of at least 0")
@@ -310,8 +309,9 @@ def _l2(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
-def _lead(logits: Tensor, classes: Tensor) -> Tensor:
-    """By how much the logit of an image's class exceeds its largest other one: (N, n_classes), (N,) -> (N,)."""
+def _lead(classifier: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+    """By how much the logit of an image's class exceeds its largest other one: (N, 3, H, W), (N,) -> (N,)."""
+    logits = encode(classifier, x, "classifier")
     others = logits.scatter(1, classes[:, None], -math.inf).amax(dim=1)
     return logits.gather(1, classes[:, None])[:, 0] - others
 

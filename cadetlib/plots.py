@@ -191,21 +191,31 @@ def detection(rows: Sequence[Row]) -> Figure:
     """Tables 3 and 4 as dots with intervals: AUROC per anomaly set, a colour per detector and encoder."""
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     systems = list(dict.fromkeys((row["detector"], row["encoder"]) for row in rows))
+    groups = {f"{d}, {e}": [r for r in rows if (r["detector"], r["encoder"]) == (d, e)] for d, e in systems}
     with _figure(1, 7.2, 0.9 + 0.24 * len(anomalies) * max(2, len(systems))) as (figure, (axes,)):
-        step = 0.8 / len(systems)
-        for k, (system, colour) in enumerate(zip(systems, COLOURS * 4, strict=False)):
-            for row in (r for r in rows if (r["detector"], r["encoder"]) == system):
-                y = anomalies.index(row["anomaly"]) + step * (k - (len(systems) - 1) / 2)
-                axes.plot([row["low"], row["high"]], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
-                axes.plot(row["auroc"], y, "o", color=colour, ms=5)
-                axes.annotate(f"{row['auroc']:.2f}", (row["high"], y), xytext=(4, 0), textcoords="offset points", va="center",
-                              fontsize=8, color=colour)  # fmt: skip
-            axes.plot([], [], "o-", color=colour, label=f"{system[0]}, {system[1]}")
-        axes.axvline(0.5, color=GREY, lw=1, ls=":")
-        axes.set(yticks=range(len(anomalies)), yticklabels=anomalies, xlabel="AUROC (mean over splits, 95 % interval)")
-        axes.invert_yaxis()
+        _dots(axes, anomalies, groups, "o" * len(groups), height=0.8, numbers=True)
+        axes.set(xlabel="AUROC (mean over splits, 95 % interval)")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
         return figure
+
+
+def _dots(
+    axes: Axes, anomalies: Sequence[str], groups: Mapping[str, Sequence[Row]], markers: str, height: float, numbers: bool = False
+) -> None:
+    """AUROC as dots with intervals: a line per anomaly, whose `height` the groups of rows share, each with colour and marker."""
+    step = height / len(groups)
+    for k, ((name, rows), marker, colour) in enumerate(zip(groups.items(), markers, COLOURS * 4, strict=False)):
+        for row in rows:
+            y = anomalies.index(row["anomaly"]) + step * (k - (len(groups) - 1) / 2)
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
+            axes.plot(row["auroc"], y, marker, color=colour, ms=5)
+            if numbers:
+                axes.annotate(f"{row['auroc']:.2f}", (row["high"], y), xytext=(4, 0), textcoords="offset points", va="center",
+                              fontsize=8, color=colour)  # fmt: skip
+        axes.plot([], [], f"{marker}-", color=colour, label=name)
+    axes.axvline(0.5, color=GREY, lw=1, ls=":")
+    axes.set(yticks=range(len(anomalies)), yticklabels=anomalies)
+    axes.invert_yaxis()
 
 
 def comparison(rows: Sequence[Row]) -> Figure:
@@ -267,16 +277,10 @@ def parts(rows: Sequence[Row]) -> Figure:
     """AUROC of m_in alone, m_out alone and the score, per anomaly set: which similarity sees what."""
     names = ("m_in alone", "m_out alone", "score")
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
+    groups = {name: [r for r in rows if r["score"] == name] for name in names}
     with _figure(1, 6.4, 0.9 + 0.55 * len(anomalies)) as (figure, (axes,)):
-        for name, colour, marker in zip(names, COLOURS, "^vo", strict=False):
-            for row in (r for r in rows if r["score"] == name):
-                y = anomalies.index(row["anomaly"]) + 0.18 * (names.index(name) - 1)
-                axes.plot([row["low"], row["high"]], [y, y], color=colour, lw=2, alpha=0.6)
-                axes.plot(row["auroc"], y, marker, color=colour, ms=6)
-            axes.plot([], [], marker, color=colour, label=name)
-        axes.axvline(0.5, color=GREY, lw=1, ls=":")
-        axes.set(yticks=range(len(anomalies)), yticklabels=anomalies, xlabel="AUROC (95 % interval)")
-        axes.invert_yaxis()
+        _dots(axes, anomalies, groups, "^vo", height=0.54)
+        axes.set(xlabel="AUROC (95 % interval)")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
         return figure
 
