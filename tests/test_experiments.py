@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, embed, experiments, metrics, mmd
+from cadetlib import cadet, data, embed, experiments, metrics, mmd
 from cadetlib.views import EvalViews
 
 
@@ -45,11 +46,46 @@ def test_table_1_keeps_its_level_and_sees_a_shift():
 def test_table_2_reaches_its_ceiling_and_no_more():
     generator = torch.Generator().manual_seed(1)
     reference, fresh = torch.randn(400, 16, generator=generator).split(200)
-    rows = experiments.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 200, 100)
+    rows = experiments.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 200, (100,))
     auroc = {(r["test"], r["anomaly"], r["n"]): r["auroc"] for r in rows}
     assert auroc["MMD-CC", "far", 20] == pytest.approx(1 - 0.5 / 101, abs=0.004)
     assert 0.4 < auroc["MMD", "same", 20] < 0.6
     assert auroc["MMD-CC", "far", 3] > auroc["MMD", "far", 3], "MMD at n = 3 is held back by its ten splits, MMD-CC is not"
+
+
+def test_no_image_is_drawn_in_two_forms():
+    """Pools made from the reference image by image: what S_Q holds is in no other sample."""
+    for draws in (experiments._draws_of_shift(90, 90, True, 10, 40, 0), experiments._draws_of_anomaly(90, 90, True, 10, 40, 0)):
+        together = torch.cat([*draws[:-1], draws[-1] - 90], dim=1)
+        assert int(draws[-1].min()) >= 90
+        assert all(len(set(row)) == len(row) for row in together.tolist())
+    reference = torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    rows = experiments.rejection_rates(reference, {"copy": reference.clone()}, [10], 100, 99, paired=["copy"])
+    assert all(row["low"] <= 0.05 for row in rows), "copies are no shift"
+
+
+def test_tests_that_learn_have_their_cells():
+    generator = torch.Generator().manual_seed(0)
+    reference, shifted = torch.rand(2, 80, 3, 4, 4, generator=generator)
+    tests = {"ME": dict(n_steps=0), "C2ST-L": dict(n_epochs=2, image_size=16, n_perm=19)}
+    others = {"dark": shifted / 2}
+    rows = experiments.trained_rejection_rates(tests, reference, others, [25], 4, say=lambda _: None)
+    rate = {(row["test"], row["shift"]): row["rate"] for row in rows}
+    assert set(rate) == {(test, shift) for test in tests for shift in ("no shift", "dark")}
+    assert rate["ME", "dark"] == 1.0 and rate["ME", "no shift"] < 1
+    assert all(len(row["p_values"]) == 4 and row["seconds"] > 0 and row["encoder"] == "none" for row in rows)
+
+
+def test_anomalies_made_of_held_out_images_are_left_out():
+    digits = data.load("digits-test")
+    noisy = data.load("digits-test:gaussian_noise-3")
+    held_out = experiments.some_of(digits, 700, 0)
+    clean = data.ImageSet(noisy.name, digits.images)  # the same pictures under the corrupted set's name: to be recognised
+    chosen = experiments.anomalous(clean, 0, 8, "digits-test", 700, 0)
+    seen = {image.numpy().tobytes() for image in held_out.images}
+    assert len(chosen) == 300 and not any(image.numpy().tobytes() in seen for image in chosen)
+    assert len(experiments.anomalous(noisy, 120, 8, "digits-test", 700, 0)) == 120
+    assert len(experiments.anomalous(data.load("digits-7-to-9"), 50, 8, "digits-test", 700, 0)) == 50
 
 
 def test_splits_are_disjoint_seeded_and_checked():
@@ -90,10 +126,49 @@ def test_the_score_is_made_of_its_parts():
     pairs = experiments.pairs_of_splits(sums["in-distribution"], sums["odd"], False, ask.divisions, 4)
     assert row["auroc"] == pytest.approx(np.mean([metrics.auroc(*pair) for pair in pairs]))
     assert row["low"] <= row["auroc"] <= row["high"] and len(row["splits"]) == 3
-    column = ask.moments(4)["odd"]
-    m_in, m_out = ask.detector(4).similarities_of_sums(sums["odd"])
-    assert column["mean_gamma_m_out"] == pytest.approx(ask.gammas(4)[0] * float(m_out.mean()))
-    assert column["variance_m_in"] == pytest.approx(float(m_in.var()))
+
+
+def test_table_5_is_the_mean_over_splits_with_intervals_over_images():
+    """Against the normal theory of a mean and of a variance, whose standard error holds the fourth moment."""
+    sums = {"in-distribution": unit_sums(600, 0), "odd": unit_sums(400, 1, shift=0.5)}
+    ask = experiments.Asker(sums, {"in-distribution": False, "odd": False}, experiments.splits(600, 3, 10, 200, seed=0))
+    for name, column in ask.moments(4).items():
+        found = [[v.numpy() for v in ask.detector(4, s).similarities_of_sums(ask.tested(name, s))] for s in range(3)]
+        gammas = [m_in.std(ddof=1) / m_out.std(ddof=1) for m_in, m_out in map(calibration_similarities, [ask] * 3, range(3))]
+        assert column["gamma"] == pytest.approx(np.mean(gammas)) and ask.gammas(4) == pytest.approx(gammas)
+        assert [column["gamma_low"], column["gamma_high"]] == pytest.approx([min(gammas), max(gammas)])
+        assert column["n"] == len(found[0][0])
+        m_in, m_out = ([pair[k] for pair in found] for k in (0, 1))
+        weighted = [g * v for g, v in zip(gammas, m_out, strict=True)]
+        for key, splits in (("m_in", m_in), ("m_out", m_out), ("gamma_m_out", weighted)):
+            errors = [v.std() / len(v) ** 0.5 for v in splits]
+            spreads = [((((v - v.mean()) ** 2 - v.var()) ** 2).mean() / len(v)) ** 0.5 for v in splits]
+            for moment, values, error in (
+                ("mean", [v.mean() for v in splits], np.mean(errors)),
+                ("variance", [v.var(ddof=1) for v in splits], np.mean(spreads)),
+            ):
+                value, low, high = (column[f"{moment}_{key}{end}"] for end in ("", "_low", "_high"))
+                assert value == pytest.approx(np.mean(values))
+                assert [low, high] == pytest.approx([value - 1.96 * error, value + 1.96 * error], abs=0.5 * error)
+
+
+def calibration_similarities(ask, split):
+    held_out = ask.sums["in-distribution"][ask.divisions[split].calibration]
+    return [v.numpy() for v in ask.detector(4, split).similarities_of_sums(held_out)]
+
+
+def test_an_encoders_accuracies_carry_their_interval():
+    def images(name, n):
+        labels = torch.arange(n) % 2
+        pixels = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(n)) * 0.8 + 0.15 * labels[:, None, None, None]
+        return data.ImageSet(name=name, images=(255 * pixels).to(torch.uint8), labels=labels)
+
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 6))
+    row = experiments.encoder_quality(encoder, images("a", 60), images("b", 50))
+    for key in ("knn_accuracy", "linear_probe_accuracy"):
+        expected = stats.binomtest(round(50 * row[key]), 50).proportion_ci(method="exact")
+        assert 0.5 < row[key] < 1 and row["n_held_out"] == 50
+        assert (row[f"{key}_low"], row[f"{key}_high"]) == pytest.approx((expected.low, expected.high))
 
 
 def test_roc_points_hold_their_auroc():
