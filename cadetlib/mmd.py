@@ -5,9 +5,10 @@ sample of the first half of a split and -1 for the second turn Eq. 4 into
 
     n (n - 1) MMD^2 = s^T K s - tr K + 2 sum_i k(X_i, Y_i),
 
-so that all permutations together are one matrix product. With a row of signs for each in S, s^T K s is a row of (S K) S, or the
-squared length of a row of S Z, which takes less where Z is narrower than K. Subtracting the mean from Z leaves Eq. 4 as it is (a
-term f(i) + f(j) cancels, because each i and j occurs once with each sign) and saves the digits that float32 would lose.
+so that all permutations together are one matrix product. With a row of signs for each in S, s^T K s is the sum of a row of
+(S K) * S, elementwise, or the squared length of a row of S Z, which takes less where Z is narrower than K. Subtracting the mean
+from Z leaves Eq. 4 as it is (a term f(i) + f(j) cancels, because each i and j occurs once with each sign) and saves the digits
+that float32 would lose.
 """
 
 from __future__ import annotations
