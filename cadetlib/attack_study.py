@@ -18,7 +18,7 @@ from cadetlib import attacks, checks, encoders, experiments, rng
 from cadetlib.experiments import IN_DISTRIBUTION, Row, Split
 from cadetlib.views import EvalViews
 
-_SIGNS = -4  # stream of an image's random numbers; -1 to -3 are those of attacks and corruptions
+_SIGNS = -4  # stream of an image's random numbers; -1 to -3 are those of attacks and of Hu et al.'s noise
 CONTROL = "random signs"
 
 

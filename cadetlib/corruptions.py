@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cadetlib import checks, rng
 
-_NOISE = -3  # stream of an image's random numbers; -1 and -2 are the attacks'
+_NOISE = -5  # stream of an image's random numbers; -1 to -4 are those of attacks, of Hu et al.'s noise and of the control
 
 
 def gaussian_noise(x: Tensor, deviation: float, seed: int = 0) -> Tensor:

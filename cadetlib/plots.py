@@ -122,9 +122,9 @@ def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
         for axes, shift in zip(panels, shifts, strict=True):
             ends = []
-            for test, colour in zip(dict.fromkeys(row["test"] for row in trained), COLOURS[1:], strict=False):
+            for k, (test, colour) in enumerate(zip(dict.fromkeys(row["test"] for row in trained), COLOURS[1:], strict=False)):
                 line = [row for row in trained if (row["shift"], row["test"]) == (shift, test)]
-                ends.append(_rates_line(axes, line, "-", colour, test))
+                ends.append(_rates_line(axes, line, "-", colour, test, apart=1 + 0.02 * (k - 1.5)))
             for test, dash in (("MMD", "-"), ("MMD-CC", "--")):
                 line = [row for row in beside if (row["shift"], row["test"]) == (shift, test)]
                 ends += [_rates_line(axes, line, dash, COLOURS[0], test)] if line else []
@@ -132,12 +132,19 @@ def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
         return figure
 
 
-def _rates_line(axes: Axes, line: Sequence[Row], dash: str, colour: str, name: str) -> End:
-    """Rejection rates of one test over sample sizes, with their intervals -> the line's end and name, for `_label_ends`."""
+def _rates_line(axes: Axes, line: Sequence[Row], dash: str, colour: str, name: str, apart: float = 1.0) -> End:
+    """Rejection rates of one test over sample sizes, with their intervals -> the line's end and name, for `_label_ends`.
+
+    apart: a factor on the sizes, by which lines of wide intervals stand apart; their intervals are bars then and not bands.
+    """
     line = sorted(line, key=lambda r: r["n"])
-    n, rate = [r["n"] for r in line], [r["rate"] for r in line]
+    n, rate = [apart * r["n"] for r in line], [r["rate"] for r in line]
+    low, high = [r["low"] for r in line], [r["high"] for r in line]
     axes.plot(n, rate, dash, marker="o", ms=4, color=colour)
-    axes.fill_between(n, [r["low"] for r in line], [r["high"] for r in line], color=colour, alpha=0.1, lw=0)
+    if apart == 1:
+        axes.fill_between(n, low, high, color=colour, alpha=0.1, lw=0)
+    else:
+        axes.vlines(n, low, high, color=colour, alpha=0.5)
     return n[-1], rate[-1], name, colour
 
 
@@ -282,6 +289,33 @@ def parts(rows: Sequence[Row]) -> Figure:
         _dots(axes, anomalies, groups, "^vo", height=0.54)
         axes.set(xlabel="AUROC (95 % interval)")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
+        return figure
+
+
+def attack_study(rows: Sequence[Row]) -> Figure:
+    """What makes CADet see an attack: a panel per factor, its values in their order; score solid, m_in alone dotted."""
+    factors = list(dict.fromkeys(row["factor"] for row in rows))
+    names = list(dict.fromkeys(row["anomaly"] for row in rows))
+    colours = {name: GREY if "random" in name else colour for name, colour in zip(names, COLOURS, strict=False)}
+    with _figure(len(factors), 4.4, 3.4, sharey=True) as (figure, panels):
+        for axes, factor in zip(panels, factors, strict=True):
+            values = list(dict.fromkeys(row["value"] for row in rows if row["factor"] == factor))
+            ends = []
+            for name in names:
+                line = [row for row in rows if (row["factor"], row["anomaly"]) == (factor, name)]
+                x = [values.index(row["value"]) for row in line]
+                axes.plot(x, [row["auroc"] for row in line], "o-", ms=4, color=colours[name])
+                axes.plot(x, [row["m_in"] for row in line], ":", color=colours[name])
+                low, high = ([row[key] for row in line] for key in ("low", "high"))
+                axes.fill_between(x, low, high, color=colours[name], alpha=0.12, lw=0)
+                ends += [(x[-1], line[-1]["auroc"], name, colours[name])] if line else []
+            axes.axhline(0.5, color=GREY, lw=1, ls=":")
+            ticks = [value if isinstance(value, str) else f"{value:g}" for value in values]
+            axes.set_xticks(range(len(values)), ticks, rotation=20 if any(len(t) > 6 for t in ticks) else 0)
+            axes.set(title=factor, ylim=(0, 1.02))
+            if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+                axes.set_ylabel("AUROC")
+            _label_ends(axes, ends)
         return figure
 
 
@@ -516,11 +550,11 @@ def batch_marks(n: int, threshold: float, q: float, smallest: float) -> list[Mar
 
 def freeze(figure: Figure) -> bytes:
     """Lay a figure out for good and draw it at twice its pixels: the PNG over which `overlay` puts marks."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=2 * figure.dpi)
-    figure.canvas.draw()  # savefig leaves the transforms of its own resolution behind
+    figure.draw_without_rendering()  # savefig leaves the transforms of its own resolution behind
     return buffer.getvalue()
 
 
@@ -645,3 +679,10 @@ def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[st
                 place.set_title(f"p = {example.p_value:.3g}\n{example.set}", fontsize=7, loc="center")
         plt.close(figure)
         return figure
+
+
+def disturbances(rows: Sequence[Row]) -> Figure:
+    """AUROC between normal images and the same disturbed, as `detection` draws it, of one split; rows as `suitability.judge`'s."""
+    figure = detection(rows)
+    figure.axes[0].set_xlabel("AUROC (95 % interval over images)")
+    return figure
