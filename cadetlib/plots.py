@@ -682,7 +682,7 @@ def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[st
 
 
 def disturbances(rows: Sequence[Row]) -> Figure:
-    """AUROC between normal images and the same disturbed, as `detection` draws it, of one split; rows as `suitability.judge`'s."""
+    """AUROC between normal images and the same disturbed, drawn as `detection`; rows as in `suitability.judge`, of one split."""
     figure = detection(rows)
     figure.axes[0].set_xlabel("AUROC (95 % interval over images)")
     return figure

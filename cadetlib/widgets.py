@@ -6,6 +6,7 @@ A move of the slider sends numbers, a few images and an SVG of marks; the curves
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,22 @@ import numpy as np
 from cadetlib import plots, thresholds
 
 Row = Mapping[str, Any]
+_STEP = 0.01  # of the sliders, in powers of ten
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.01)  # of anomalies in a batch
 
 
 def _slider(name: str, value: float, low: float, high: float) -> ipywidgets.FloatLogSlider:
+    """A slider from 10 to the power of `low` to 10 to the power of `high`."""
+    width = ipywidgets.Layout(width="40em")
     return ipywidgets.FloatLogSlider(
-        value=min(max(value, low), high),
-        base=10,
-        min=float(np.log10(low)),
-        max=float(np.log10(high)),
-        step=0.01,
-        description=name,
-        readout_format=".4f",
-        layout=ipywidgets.Layout(width="40em"),
+        value=value, base=10, min=low, max=high, step=_STEP, description=name, readout_format=".4f", layout=width
     )
+
+
+def _start(alpha: float, n_calibration: int) -> float:
+    """Where the slider begins: whole steps below alpha, so that the browser does not move it, at or below 1 / (n + 1)."""
+    steps = math.ceil(math.log10(alpha * (n_calibration + 1)) / _STEP - 1e-6)
+    return math.log10(alpha) - steps * _STEP
 
 
 class Layers:
@@ -68,13 +71,13 @@ class ThresholdExplorer:
         self.uri = functools.lru_cache(maxsize=4096)(lambda name, i: plots.image_uri(sets[name][i]))
         first = detectors[0]
         names = {kind: [c["name"] for c in first["curves"] if (c["kind"] == "in") == (kind == "in")] for kind in ("in", "out")}
-        smallest = 1 / (len(first["calibration_scores"]) + 1)
         self.detector = ipywidgets.Dropdown(options=list(self.detectors), description="detector")
         self.normal = ipywidgets.Dropdown(options=names["in"], description="normal")
         self.anomalies = ipywidgets.SelectMultiple(options=names["out"], value=names["out"], description="anomalies")
         self.anomalies.rows = min(6, len(names["out"]))
-        self.slider = _slider("p ≤", alpha, smallest, 1.0)
-        self.q = _slider("q =", q, 0.001, 0.5)
+        self.alpha = min(max(alpha, 1 / (len(first["calibration_scores"]) + 1)), 1.0)
+        self.slider = _slider("p ≤", self.alpha, _start(self.alpha, len(first["calibration_scores"])), 0.0)
+        self.q = _slider("q =", q, float(np.log10(q)) - 2, float(np.log10(0.5)))
         self.share = ipywidgets.Dropdown(options=[(f"{s:.0%}", s) for s in SHARES], value=0.5, description="anomalies")
         self.file = ipywidgets.Text(value=str(save_to), description="file", layout=ipywidgets.Layout(width="40em"))
         self.numbers, self.images, self.decision, self.saved = (ipywidgets.HTML() for _ in range(4))
@@ -88,7 +91,7 @@ class ThresholdExplorer:
         button.on_click(lambda _: self.save())
         one = ipywidgets.VBox([self.numbers, self.curves.widget, self.images])
         many = ipywidgets.VBox([ipywidgets.HBox([self.q, self.share]), self.decision, self.batch.widget])
-        tabs = ipywidgets.Tab([one, many], titles=["One image at a time", "A whole batch"])
+        tabs = ipywidgets.Tab([one, many], titles=["One image", "A batch"])
         choice = ipywidgets.HBox([ipywidgets.VBox([self.detector, self.normal]), self.anomalies])
         keep = ipywidgets.HBox([self.file, button, self.saved])
         return ipywidgets.VBox([choice, self.slider, tabs, keep]).add_class("cadet-explorer")
@@ -102,16 +105,17 @@ class ThresholdExplorer:
 
     @property
     def threshold(self) -> float:
-        """The chosen threshold; the slider's ends, which are powers of ten up to rounding, are exactly 1 / (n + 1) and 1."""
+        """The chosen threshold, on the grid of p-values k / (n + 1) where it is meant to be: the browser counts in logarithms."""
         n = len(self.detectors[self.detector.value]["calibration_scores"])
-        value = float(self.slider.value)
-        return next((end for end in (1 / (n + 1), 1.0) if abs(value - end) < 1e-9 * end), value)
+        value = float(f"{self.slider.value:.8g}")
+        k = min(n + 1, max(1, round(value * (n + 1))))
+        return k / (n + 1) if value * (n + 1) < 1 or abs(value * (n + 1) / k - 1) < 1e-6 else value
 
     def select(self) -> None:
         """Another detector or other sets: everything is drawn anew."""
         row = self.detectors[self.detector.value]
         self.calibration = row["calibration_scores"]
-        self.slider.min = float(np.log10(1 / (len(self.calibration) + 1)))
+        self.slider.min = _start(self.alpha, len(self.calibration))
         colours = {c["name"]: plots.COLOURS[k % len(plots.COLOURS)] for k, c in enumerate(row["curves"])}
         named = self.anomalies.value or self.anomalies.options[:1]
         picked = thresholds.chosen(row["curves"], self.normal.value, named)
@@ -130,6 +134,7 @@ class ThresholdExplorer:
     def move(self) -> None:
         """Another threshold: look-ups, marks and a few images."""
         n, value = len(self.calibration), self.threshold
+        self.saved.value = ""  # what was saved is not what is shown
         point = thresholds.operating_point(self.shown, n, value)
         self.numbers.value = plots.operating_html(self.shown, point, value, n)
         self.curves.move(plots.threshold_marks(self.shown, self.calibration, value))

@@ -153,6 +153,8 @@ def test_moving_the_slider_shows_the_library_s_numbers_and_draws_nothing(explore
     )
     explorer.slider.value = 10**explorer.slider.min
     assert explorer.threshold == 1 / 100 and shown(explorer, "promised") == "1.0 %"
+    explorer.slider.value = 0.05 * (1 - 1e-12)  # what a browser makes of 0.05
+    assert explorer.threshold == 0.05 and shown(explorer, "promised") == "5.0 %"
     explorer.slider.value = 1.0
     assert {shown(explorer, name) for name in ("test", "unseen", "promised")} == {"100 %"}
     before = explorer.decision.value
