@@ -248,16 +248,24 @@ def _load_resnet(path: Path) -> tuple[ResNet, nn.Linear | None]:
 def load_encoder(name: str | Path) -> nn.Module:
     """An encoder in eval mode, on the CPU, [0, 1] images -> (N, D), with `.image_size`.
 
-    name: "torchvision:resnet50" (V1 weights, which keep near-identical images close), "timm:NAME", or the path of a
-    safetensors file that this project wrote. FileNotFoundError and ValueError say what was expected.
+    name: "torchvision:resnet50" (V1 weights, which keep near-identical images close), "timm:NAME", the path of a safetensors
+    file that this project wrote, or of a checkpoint (.pth, .ckpt, ...) of VISSL, MoCo, lightly, solo-learn or DINO, which
+    `foreign` reads. FileNotFoundError and ValueError say what was expected.
     """
+    from cadetlib import foreign  # which builds on this file's ResNet
+
     kind, _, rest = str(name).partition(":")
     if kind == "torchvision":
         return _torchvision_encoder(rest)
     if kind == "timm":
         return _timm_encoder(rest)
+    if str(name).endswith(foreign.SUFFIXES):
+        return foreign.load(name)
     if not str(name).endswith(".safetensors"):
-        raise ValueError(f"encoder: found {name!r}, expected 'torchvision:NAME', 'timm:NAME' or the path of a .safetensors file")
+        raise ValueError(
+            f"encoder: found {name!r}, expected 'torchvision:NAME', 'timm:NAME' or the path of a .safetensors file or of a "
+            f"checkpoint ({', '.join(foreign.SUFFIXES)})"
+        )
     return _load_resnet(Path(name))[0]
 
 

@@ -167,7 +167,7 @@ def test_damaged_and_foreign_files_are_refused(file, damage, message):
     ("name", "error", "message"),
     [
         ("resnet50", ValueError, "found 'resnet50', expected 'torchvision:NAME', 'timm:NAME' or the path"),
-        ("weights.pt", ValueError, "found 'weights.pt', expected"),
+        ("weights.bin", ValueError, "found 'weights.bin', expected"),
         ("nowhere/encoder.safetensors", FileNotFoundError, "found no file encoder.safetensors in nowhere"),
         ("torchvision:resnet51", ValueError, "found no model 'resnet51'"),
         ("torchvision:vit_h_14", ValueError, "found no IMAGENET1K_V1 weights of 'vit_h_14'"),
