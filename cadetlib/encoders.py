@@ -79,7 +79,8 @@ class ResNet(nn.Module):
         super().__init__()
         if arch not in DEPTHS or stem not in ("imagenet", "cifar"):
             raise ValueError(f"found arch {arch!r}, stem {stem!r}; expected one of {list(DEPTHS)} and 'imagenet' or 'cifar'")
-        self.config = dict(arch=arch, width=width, stem=stem, image_size=image_size, mean=list(mean), std=list(std))
+        self.config: dict[str, Any] = dict(arch=arch, width=width, stem=stem, image_size=image_size)
+        self.config |= dict(mean=list(mean), std=list(std))
         self.image_size = checks.at_least(image_size, "image_size", 8)
         block, depths = DEPTHS[arch]
         self.normalize = Normalize(mean, std)

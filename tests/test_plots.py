@@ -22,6 +22,13 @@ RATES = [
     for s in ("no shift", "other")
     for n in (50, 10)
 ]
+TRAINED = RATES + [r | dict(test=test, encoder="none") for r in RATES if r["test"] == "MMD" for test in ("ME", "C2ST-L")]
+STUDY = [
+    row(factor=factor, value=value, anomaly=anomaly, m_in=0.6, m_out=0.5)
+    for factor, values in (("layer read", ["layer1", "layer2"]), ("area of a view", [0.5, 0.9]))
+    for value in values
+    for anomaly in ("FGSM", "random signs")
+]
 SMALL = [row(test=r["test"], encoder=r["encoder"], anomaly="PGD", n=r["n"]) for r in RATES]
 DETECTION = [row(detector="CADet", encoder=e, anomaly=a) for e in ("contrastive", "supervised") for a in ANOMALIES]
 CURVES = [
@@ -45,9 +52,9 @@ FIGURES = {
         lambda: plots.training(
             {
                 "contrastive": [
-                    dict(epoch=1.0, loss=5.0, learning_rate=0.1),
+                    dict(epoch=1.0, loss=5.0, learning_rate=0.1, images_per_second=100.0),
                     dict(epoch=1.0, knn_accuracy=0.5),
-                    dict(epoch=2.0, loss=4.0, learning_rate=0.05),
+                    dict(epoch=2.0, loss=4.0, learning_rate=0.05, images_per_second=100.0),
                 ]
             }
         ),
@@ -57,6 +64,9 @@ FIGURES = {
     "p_value_roc": (lambda: plots.p_value_roc(RATES[:2] + RATES[-2:]), {"n = 10", "n = 50", "threshold on the p-value"}),
     "small_samples": (lambda: plots.small_samples(SMALL), {"MMD-CC, contrastive", "PGD", "AUROC of the p-value"}),
     "detection": (lambda: plots.detection(DETECTION), {"CADet, contrastive", "0.80"}),
+    "comparison": (lambda: plots.comparison(DETECTION), {"80", "AUROC (%): 50 is a coin toss"}),
+    "trained_rejection_rates": (lambda: plots.trained_rejection_rates(TRAINED), {"C2ST-L", "MMD-CC", "other"}),
+    "attack_study": (lambda: plots.attack_study(STUDY), {"FGSM", "random signs", "layer read"}),
     "roc_curves": (
         lambda: plots.roc_curves([dict(anomaly="FGSM", false_alarm_rate=[0, 1], detection_rate=[0.5, 1], auroc=0.75)]),
         {"FGSM  0.75", "share of anomalies flagged"},

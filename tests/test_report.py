@@ -17,11 +17,20 @@ PROFILE = "tiny"
 HOSTILE = "</td><script>alert('x')</script><img src=x onerror=\"alert(1)\">{{ 7 * 7 }}"
 PARAMETERS = {
     "01_pretraining": 'arch = "resnet10"\nepochs = 60\ndata = "squares"\nseed = 3\n',
-    "04_cadet_tables": 'in_distribution = "squares"\n',
+    "02_cifar10_vs_cifar10_1": "trained_n_samplings = 5\nmmd_d_n_epochs = 10\n",
+    "04_cadet_tables": 'in_distribution = "squares"\nvictim_name = "supervised"\nn_hu = 33\n',
+    "05_ablations": "study_n_images = 222\nstudy_n_views = 9\n",
     "06_thresholds": "false_discovery_rate = 0.1\n",
 }
 ATTACKS = ("FGSM", "CW-L2", "PGD")  # in another order than the paper's
 ENCODERS = ("contrastive", "supervised")
+
+
+COMPARED = dict(detector="MSP", encoder="supervised", difference=-0.1, p_difference=0.001)
+
+
+def cost(forwards):
+    return dict(seconds=0.0625, forwards=float(forwards), aupr=0.5, fpr95=0.75, n_in=60, n_out=40, tuned=False)
 
 
 def interval(rng, key="auroc"):
@@ -57,7 +66,7 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
         ),
         "03_small_samples": dict(
             rows=[
-                dict(test=test, encoder=encoder, anomaly=anomaly, n=size, ceiling=0.995) | interval(rng)
+                dict(test=test, encoder=encoder, anomaly=anomaly, n=size, ceiling=0.995, n_perm=100) | interval(rng)
                 for anomaly in (unseen, "PGD", "FGSM")
                 for size in (3, 5)
                 for encoder in ENCODERS
@@ -65,10 +74,11 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
             ],
             missing={},
             n_draws=1000,
-            n_perm=100,
+            n_perms=[100],
         ),
         "04_cadet_tables": dict(
-            rows=[dict(detector="CADet", encoder=e, anomaly=a) | interval(rng) for e in ENCODERS for a in anomalies],
+            rows=[dict(detector="CADet", encoder=e, anomaly=a) | cost(50) | interval(rng) for e in ENCODERS for a in anomalies]
+            + [COMPARED | cost(1) | interval(rng) | dict(anomaly=a) for a in anomalies],
             strength=[dict(images=a, accuracy=rng.random(), linf=rng.random(), l2=rng.random()) for a in ("clean", *ATTACKS)],
             missing={"pentagons": "get them"},
             sets=[dict(name=name, paired=name in ATTACKS, n=70) for name in ("in-distribution", *anomalies)],
@@ -81,6 +91,7 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
         | dict(
             moments={name: {moment: rng.random() for moment in moments} for name in ("in-distribution", *anomalies)},
             crop_n_views=20,
+            without_snapshots=True,
         ),
         "06_thresholds": dict(
             false_positive_rates=[dict(split=i, measured=0.05 + 0.01 * i, n=200) for i in range(3)],
@@ -254,6 +265,19 @@ def test_every_figure_is_inside_with_its_alternative_text(drawn):
         assert 0.9 < float(image["width"]) / int(re.search(rb'width="([\d.]+)pt"', files[0]).group(1).split(b".")[0]) * 0.75 < 1.1
 
 
+def test_what_a_system_costs_and_whether_it_differs_from_cadet(drawn):
+    folder = drawn / "outputs" / PROFILE
+    page = Page((folder / "report.html").read_text())
+    lines = page.lines("Cost and other measures")
+    assert [lines[f"{name}, supervised"][:2] for name in ("MSP", "CADet")] == [["1", "62.5"], ["50", "62.5"]]
+    assert lines["MSP, supervised"][3:5] == ["50.0", "75.0"]
+    unseen = page.lines("AUROC (%), unseen classes")
+    assert "below CADet" in unseen["MSP, supervised"][0] and "CADet" not in unseen["CADet, contrastive"][0]
+    assert "Hu et al.’s detector was asked about 33 images" in page.text
+    assert "222 images, 9 views" in page.text and "The epochs between are left out" in page.text
+    assert "with 5 draws and fewer passes than published (10 for MMD-D)" in page.text
+
+
 def percent(row):
     return f"{100 * row['auroc']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
@@ -291,14 +315,14 @@ def test_tables_hold_what_was_saved_beside_the_papers(drawn):
     assert three["detector, encoder"] == ["circles", "iNaturalist", "ImageNet-O", "Average"]
     assert four["detector, encoder"] == ["PGD", "CW-L2", "FGSM", "PGD", "CW", "FGSM", "Average"]
     printed = dict(contrastive=(82.855, 94.88, 95.93, 97.56), supervised=(83.005, 75.25, 71.02, 83.45))
-    for row in results["04_cadet_tables"]["rows"]:
+    for row in (r for r in results["04_cadet_tables"]["rows"] if r["detector"] == "CADet"):
         k = ["circles", "PGD", "CW-L2", "FGSM"].index(row["anomaly"])
         cell = [three[f"CADet, {row['encoder']}"][0], *four[f"CADet, {row['encoder']}"]][k]
         value = printed[row["encoder"]][k] / 100
         word = "above" if row["low"] > value else "below" if row["high"] < value else "agrees"
         assert cell == f"{percent(row)} {word}"
     assert three["CADet, contrastive"][1:] == ["83.42", "82.29", "82.86"]
-    assert four["Hu, contrastive not run here"] == ["–", "–", "–", "94.80", "95.19", "78.18", "89.39"]
+    assert four["Hu tuned, contrastive not run here"] == ["–", "–", "–", "94.80", "95.19", "78.18", "89.39"]
 
     five = page.lines("Mean and variance")
     order = ["in-distribution (here)", "ImageNet (paper)", "circles (here)", "iNaturalist (paper)", "ImageNet-O (paper)"]
@@ -528,7 +552,7 @@ def test_a_shift_is_detected_when_tests_reject_more_than_without(without, rate, 
 def test_few_images_are_judged_at_the_smallest_n_under_each_encoder():
     cells = {("contrastive", 3): (0.5, 0.9), ("supervised", 3): (0.6, 0.9), ("contrastive", 20): (0.9, 0.5)}
     rows = [
-        row(value, 0.02, test=test, encoder=encoder, anomaly="PGD", n=n)
+        row(value, 0.02, test=test, encoder=encoder, anomaly="PGD", n=n, n_perm=100)
         for (encoder, n), values in cells.items()
         for test, value in zip(("MMD", "MMD-CC"), values, strict=True)
     ]
