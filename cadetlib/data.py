@@ -6,6 +6,7 @@ with the step that gets it, and nothing is ever put in its place. `digits` needs
 A colon adds a corruption and its severity: `cifar10-test:jpeg-1` is the set made from `cifar10-test`, image by image.
 
     python -m cadetlib.data check cifar10-test svhn-test    what is there, what is missing, what to do
+    python -m cadetlib.data check imagenet                  the same for all sets that a profile names
     python -m cadetlib.data download cifar10-test           torchvision's downloads, checksummed
 """
 
@@ -17,17 +18,22 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cadetlib import checks, corruptions
+from cadetlib import checks, corruptions, imagenet
 from cadetlib.views import resize_to
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 MNIST_MD5 = "2646ac647ad5339dbf082846283269ea"  # of t10k-images-idx3-ubyte, uncompressed
@@ -68,6 +74,71 @@ class ImageSet:
         if self.labels is None:
             raise ValueError(f"{self.name}: found no labels, expected some to choose classes {list(classes)} by")
         return self[torch.isin(self.labels, torch.tensor(list(classes)))]
+
+
+@dataclass(frozen=True)
+class FolderSet(ImageSet):
+    """Image files of any size, not read before `resized` asks for them; `images` is (N, 3, 0, 0) and holds no pixel.
+
+    `files` (N,) are paths from `folder` on, as bytes in one block: a million of them cost little, also in forked processes.
+    Chosen from like any ImageSet, so that what is not chosen is never read.
+    """
+
+    folder: Path = Path()
+    files: np.ndarray = field(default_factory=lambda: np.empty(0, np.bytes_))
+
+    def __getitem__(self, index: Any) -> FolderSet:
+        where = index if isinstance(index, slice) else torch.as_tensor(index).numpy()
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.images[index], labels=labels, files=self.files[where])
+
+    def path(self, index: int) -> Path:
+        """The file of one image."""
+        return self.folder / os.fsdecode(self.files[index])
+
+    def resized(self, size: int) -> ImageSet:
+        """All images read and brought to `size` x `size`, as uint8; ValueError lists every file that cannot be read."""
+        pixels = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
+
+        def read(index: int) -> str:
+            try:
+                pixels[index] = read_image(self.path(index), size)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            unreadable = [error for error in pool.map(read, range(len(self))) if error]
+        if unreadable:
+            raise ValueError(f"{self.name}: found {len(unreadable)} unreadable images:\n" + "\n".join(unreadable))
+        return ImageSet(self.name, pixels, self.labels)
+
+
+def folder_set(folder: str | Path, name: str = "") -> FolderSet:
+    """The image files below a folder, in the order of `image_files`; labels are the numbers of its sub-folders, if there are any.
+
+    FileNotFoundError when there is no image.
+    """
+    found = list(_listed(str(folder)))
+    if not found:
+        raise FileNotFoundError(f"found no image files below {folder}, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    tops = [path.partition("/")[0] if "/" in path else "" for path in found]
+    number = {top: i for i, top in enumerate(dict.fromkeys(tops))}
+    labels = torch.tensor([number[top] for top in tops]) if len(number) > 1 else None
+    files = np.array([os.fsencode(path) for path in found])
+    placeholder = torch.empty(len(found), 3, 0, 0, dtype=torch.uint8)
+    return FolderSet(name or Path(folder).name, placeholder, labels, Path(folder), files)
+
+
+def _listed(folder: str, inside: str = "") -> Iterator[str]:
+    """Paths, from `folder` on, of all image files below it, sorted folder by folder."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir(), entry.path) for entry in entries)
+    for name, is_folder, path in found:
+        if is_folder:
+            yield from _listed(path, f"{inside}{name}/")
+        elif name.lower().endswith(IMAGE_SUFFIXES):
+            yield inside + name
 
 
 def root() -> Path:
@@ -175,23 +246,37 @@ def image_files(folder: str | Path) -> list[Path]:
     return files
 
 
+@contextmanager
+def opened_image(path: Path) -> Iterator[PIL.Image.Image]:
+    """An image file, opened and not yet decoded; ValueError when it turns out to be damaged or no image."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            yield opened
+    except Exception as error:  # of a damaged file Pillow says anything, from struct.error to DecompressionBombError
+        raise ValueError(
+            f"{path}: found no readable image ({error}), expected a whole image file; replace or remove it"
+        ) from error
+
+
+def upright_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
+    """The image decoded: turned as its EXIF tells, RGB, 16-bit greys scaled to 8 bits."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):
+        upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB")
+
+
 def read_image(path: Path, size: int) -> Tensor:
     """One image file as (3, size, size) uint8: upright, RGB, 16-bit greys scaled; shorter side resized, centre crop.
 
     ValueError for a file that is damaged or no image.
     """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-            array = np.array(upright.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # what Pillow says of a damaged file
-        raise ValueError(
-            f"{path}: found no readable image ({error}), expected a whole image file; replace or remove it"
-        ) from error
+    with opened_image(path) as opened:
+        array = np.array(upright_rgb(opened))
     return (resize_to(_rgb(array[None]), size)[0] * 255).round().to(torch.uint8)
 
 
@@ -205,6 +290,22 @@ def folder_images(folder: str | Path, size: int, name: str = "") -> ImageSet:
 
 def _folder(path: str, size: int) -> Callable[[Path, str, bool], ImageSet]:
     return lambda root_folder, name, _: folder_images(_existing(root_folder / path), size, name)
+
+
+def _files(expected: imagenet.Folder) -> Callable[[Path, str, bool], ImageSet]:
+    """A whole set of image files: not one more or less than its publisher says, and none of them read."""
+
+    def load(root_folder: Path, name: str, _: bool) -> ImageSet:
+        found = folder_set(_existing(root_folder / expected.path), name)
+        n_classes = 0 if found.labels is None else int(found.labels.max()) + 1
+        if (len(found), n_classes) != (expected.n_images, expected.n_classes):
+            raise ValueError(
+                f"found {len(found)} images in {n_classes or 'no'} sub-folders of {root_folder / expected.path}, "
+                f"expected {expected.n_images} in {expected.n_classes or 'none'}"
+            )
+        return found
+
+    return load
 
 
 def _existing(path: Path) -> Path:
@@ -240,6 +341,7 @@ SOURCES: dict[str, _Source] = {
     "svhn-first1083": _Source(_archive("svhn/svhn_train_first1083.npz", None), _BY_HAND),
     "mnist-test": _Source(_mnist, "put t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz into mnist/"),
     "flowers64": _Source(_folder("flowers64", 64), _BY_HAND),
+    **{name: _Source(_files(expected), expected.get) for name, expected in imagenet.SETS.items()},
 }
 
 
@@ -277,6 +379,8 @@ def _corrupted(images: ImageSet, shift: str) -> ImageSet:
         raise ValueError(
             f"data: found {images.name}:{shift}, expected a corruption ({known}) and its severity, as in {images.name}:jpeg-1"
         )
+    if isinstance(images, FolderSet):
+        raise ValueError(f"data: found {images.name}:{shift}, expected a set of one image size: corruptions are made in memory")
     made = corruptions.corrupt(images.images, kind, int(severity))
     return replace(images, name=f"{images.name}:{shift}", images=made)
 
@@ -319,13 +423,39 @@ def split(n: int, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
     return dict(zip(sizes, order[:wanted].split(list(sizes.values())), strict=True))
 
 
+def check_profile(profile: str) -> bool:
+    """Print one table of all sets that a profile's parameters name, and how to get what is missing; True when all are there.
+
+    Sets of files are counted and not read.
+    """
+    rows, steps = [], []
+    for name, notebooks in imagenet.sets_of(profile).items():
+        expected = imagenet.SETS.get(name.partition(":")[0])
+        try:
+            state, n = "there", str(len(load(name)))
+        except (FileNotFoundError, ValueError) as error:
+            state, n = "MISSING" if isinstance(error, FileNotFoundError) else "NOT RIGHT", "-"
+            steps.append(f"{error}" + (f"\n  checksum: {expected.checksum}" if expected else ""))
+        counts = (n, str(expected.n_images) if expected else "", str(expected.n_classes or "") if expected else "")
+        rows.append((name, state, *counts, " ".join(notebooks)))
+    print(f"sets of the profile {profile} below {root()}, the data root (CADET_DATA):\n")
+    print(imagenet.table(("set", "state", "images", "expected", "classes", "notebooks"), rows))
+    for step in steps:
+        print(f"\n{step}")
+    return not steps
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line of this module; 0 when every named set is there."""
     if not arguments or arguments[0] not in ("check", "download"):
-        print(f"usage: python -m cadetlib.data check|download [NAME ...]   names: {' '.join(SOURCES)}", file=sys.stderr)
+        names = f"names: {' '.join(SOURCES)}; or a profile: {' '.join(imagenet.profiles())}"
+        print(f"usage: python -m cadetlib.data check|download [NAME ...]   {names}", file=sys.stderr)
         return 2
     complete = True
     for name in arguments[1:] or list(SOURCES):
+        if name not in SOURCES and name in imagenet.profiles():
+            complete &= check_profile(name)
+            continue
         try:
             print(f"{name:20} {len(load(name, arguments[0] == 'download'))} images")
         except (FileNotFoundError, ValueError) as error:

@@ -273,6 +273,16 @@ def save_cmyk(path):
     return picture()
 
 
+def save_cmyk_plain(path):
+    Image.fromarray(picture()).convert("CMYK").save(path)
+    return picture()
+
+
+def save_palette_alpha(path):
+    Image.fromarray(picture()).quantize(256).save(path, transparency=0)
+    return picture()
+
+
 def save_turned(path):
     """As a camera held upright writes it: lying on its side, with EXIF orientation 6."""
     turned = Image.fromarray(picture()).transpose(Image.Transpose.ROTATE_90)
@@ -280,6 +290,26 @@ def save_turned(path):
     exif[0x0112] = 6
     turned.save(path, exif=exif, quality=100, subsampling=0)
     return picture()
+
+
+TURNS = {  # EXIF orientation -> how the pixels lie in the file, so that turning as it tells sets them upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_every_exif_orientation_comes_upright(tmp_path, orientation):
+    turned = Image.fromarray(picture()).transpose(TURNS[orientation])
+    exif = turned.getexif()
+    exif[0x0112] = orientation
+    turned.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(data.read_image(tmp_path / "a.png", 12).permute(1, 2, 0), picture())
 
 
 @pytest.mark.parametrize(
@@ -298,6 +328,8 @@ def save_turned(path):
         (save_rgba, "a.png", 0),
         (save_two_levels, "a.png", 0),
         (save_cmyk, "a.jpg", 8),
+        (save_cmyk_plain, "a.tif", 1),
+        (save_palette_alpha, "a.png", 4),
         (save_turned, "a.jpeg", 4),
     ],
 )

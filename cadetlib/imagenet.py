@@ -1,0 +1,172 @@
+"""The image sets of the imagenet profiles: what is expected in which folder, where it comes from, and published lists of names.
+
+A description of files, which reads none of them: `data` does. Where a publisher gives no checksum, that is what is said.
+
+    python -m cadetlib.imagenet FOLDER    write X_val(1), X_val(2) and the test images of the profile `imagenet` as lists
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cadetlib import parameters, record
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A set of image files below the data root: so many of them, in so many sub-folders that are labels (0: none)."""
+
+    path: str
+    n_images: int
+    n_classes: int
+    get: str  # the step that brings it
+    checksum: str  # as its publisher gives it
+    streamed: bool = False  # does not fit in memory: pretraining reads it as it goes
+
+
+_UNPACK = (
+    "register at image-net.org, put {archive} and ILSVRC2012_devkit_t12.tar.gz into imagenet/ of the data root, and there run "
+    "`python -c \"from torchvision.datasets import ImageNet; ImageNet('imagenet', '{part}')\"`, which compares their md5 and "
+    "unpacks them into imagenet/{part}/n01440764/ and so on"
+)
+SETS: dict[str, Folder] = {
+    "imagenet-train": Folder(
+        "imagenet/train",
+        1_281_167,
+        1000,
+        _UNPACK.format(archive="ILSVRC2012_img_train.tar", part="train"),
+        "md5 1d675b47d978889d74fa0da5fadfb00e of ILSVRC2012_img_train.tar, fa75699e90414af021442c21a62c3abf of the devkit",
+        streamed=True,
+    ),
+    "imagenet-val": Folder(
+        "imagenet/val",
+        50_000,
+        1000,
+        _UNPACK.format(archive="ILSVRC2012_img_val.tar", part="val"),
+        "md5 29b22e2961454d5413ddabcf34fc5622 of ILSVRC2012_img_val.tar, fa75699e90414af021442c21a62c3abf of the devkit",
+    ),
+    "imagenet-o": Folder(
+        "imagenet-o",
+        2000,
+        200,
+        "take imagenet-o.tar from github.com/hendrycks/natural-adv-examples (Hendrycks et al. 2021) and unpack it in the data "
+        "root: it brings imagenet-o/ with its 200 folders of 2,000 images; or put these there by hand",
+        "none published",
+    ),
+    "inaturalist-plants": Folder(
+        "iNaturalist/images",
+        10_000,
+        0,
+        "take iNaturalist.tar.gz from github.com/deeplearning-wisc/large_scale_ood (10,000 plants that Huang and Li 2021 chose "
+        "from iNaturalist) and unpack it in the data root, so as to put its 10,000 files into iNaturalist/images/",
+        "none published",
+    ),
+    "imagenet-sample": Folder(
+        "imagenet-sample",
+        63,
+        63,
+        "put a folder with one image of every 16th class, in the order of their WordNet ids, into imagenet-sample/: of "
+        "github.com/EliSchwartz/imagenet-sample-images, one sub-folder a class; for trying, far too few for a result",
+        "none published",
+    ),
+}
+
+_NAMES = ("data", "knn_data", "reference", "in_distribution", "training")  # parameters that name a set, and ...
+_LISTS = ("shifted", "trained_shifted", "unseen", "data_sets", "data_required", "other_normal")  # ... those that name several
+
+
+def profiles() -> list[str]:
+    """Names of the profiles: the folders of params/.
+
+    >>> "digits" in profiles()
+    True
+    """
+    return sorted(path.name for path in (record.checkout() / "params").glob("*") if path.is_dir())
+
+
+def sets_of(profile: str) -> dict[str, list[str]]:
+    """Every image set that the parameters of a profile name -> numbers of the notebooks that do, in their order.
+
+    >>> sets_of("digits")["digits-7-to-9"]
+    ['00', '03', '04']
+    """
+    found: dict[str, list[str]] = {}
+    for file in sorted((record.checkout() / "params" / profile).glob("*.yaml")):
+        given = parameters.read_yaml(file)
+        names = [given[key] for key in _NAMES if given.get(key)] + [name for key in _LISTS for name in given.get(key, [])]
+        for name in dict.fromkeys(names):
+            found.setdefault(name, []).append(file.name[:2])
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under their heads, in columns as wide as they need.
+
+    >>> print(table(("set", "images"), [("digits", "1797")]))
+    set     images
+    digits  1797
+    """
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return "\n".join(lines)
+
+
+def published_lists(given: Mapping[str, Any]) -> list[dict[str, list[str]]]:
+    """For each split of notebook 04 with these parameters, the file names of X_val(1), X_val(2) and the test images.
+
+    The same names for the same seed wherever the set is whole; the notebook draws the very same images.
+    """
+    from cadetlib import data, experiments  # they read this file for what they know of the sets
+
+    whole = data.load(given["in_distribution"]).of_classes(given["classes"])
+    if not isinstance(whole, data.FolderSet):
+        raise ValueError(f"in_distribution: found {whole.name}, expected a set of image files, one of {list(SETS)}")
+    chosen = experiments.some_of(whole, given["n_held_out"], given["seed"])
+    files = [os.fsdecode(file) for file in chosen.files]  # type: ignore[attr-defined]
+    sizes = given["n_splits"], given["n_reference"], given["n_calibration"]
+    return [
+        {
+            "x_val_1": [files[i] for i in division.reference],
+            "x_val_2": [files[i] for i in division.calibration],
+            "test": [files[i] for i in division.test],
+        }
+        for division in experiments.splits(len(files), *sizes, seed=given["seed"])
+    ]
+
+
+def write_lists(folder: Path, given: Mapping[str, Any]) -> list[Path]:
+    """`published_lists` as text, one name a line: FOLDER/split-0/x_val_1.txt and so on; returns the files."""
+    written = []
+    for i, lists in enumerate(published_lists(given)):
+        for part, names in lists.items():
+            path = folder / f"split-{i}" / f"{part}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{name}\n" for name in names))
+            written.append(path)
+    return written
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line of this module."""
+    if len(arguments) != 1:
+        print("usage: python -m cadetlib.imagenet FOLDER", file=sys.stderr)
+        return 2
+    notebook = record.checkout() / "notebooks" / "04_cadet_tables.ipynb"
+    defaults = {name: parameter.value for name, parameter in parameters.declared(notebook).items()}
+    file = record.checkout() / "params" / "imagenet" / f"{notebook.stem}.yaml"
+    try:
+        written = write_lists(Path(arguments[0]), parameters.validate(defaults, parameters.read_yaml(file), file))
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {len(written)} lists below {arguments[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

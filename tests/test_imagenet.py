@@ -1,0 +1,151 @@
+"""Sets of image files: not read before they are asked for, whole or refused, and listed by what a profile needs."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cadetlib import data, experiments, imagenet
+
+FILES = ["n02/b.JPEG", "n02/a.JPEG", "n01/x/d.png", "n01/c.jpg", "n10/e.webp"]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A data root with a small set of files of different sizes."""
+    monkeypatch.setenv("CADET_DATA", str(tmp_path))
+    for i, name in enumerate(FILES):
+        path = tmp_path / "small" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(256, size=(9 + i, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "small" / "n01" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def name_it(monkeypatch, n_images=5, n_classes=3):
+    described = imagenet.Folder("small", n_images, n_classes, "put it there", "none published")
+    monkeypatch.setitem(imagenet.SETS, "small", described)
+    monkeypatch.setitem(data.SOURCES, "small", data._Source(data._files(described), described.get))
+
+
+def test_files_are_listed_as_image_folder_does_and_read_only_when_asked(root, monkeypatch):
+    name_it(monkeypatch)
+    opened, read = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path, size: opened.append(path) or read(path, size))
+    found = data.load("small")
+    assert [os.fsdecode(file) for file in found.files] == ["n01/c.jpg", "n01/x/d.png", "n02/a.JPEG", "n02/b.JPEG", "n10/e.webp"]
+    assert found.labels.tolist() == [0, 0, 1, 1, 2] and len(found) == 5 and found.name == "small"
+    assert [found.path(i) for i in range(5)] == data.image_files(root / "small")
+    chosen = experiments.some_of(found.of_classes([0, 1]), 3, seed=1)
+    assert not opened
+    resized = chosen.resized(8)
+    assert sorted(opened) == sorted(chosen.path(i) for i in range(3)) and len(opened) == 3
+    assert type(resized) is data.ImageSet and resized.images.shape == (3, 3, 8, 8)
+    assert torch.equal(resized.images, torch.stack([read(chosen.path(i), 8) for i in range(3)]))
+    assert torch.equal(resized.labels, chosen.labels)
+    for index in (slice(1, 3), found.labels == 1, torch.tensor([4, 0])):
+        assert found[index].files.tolist() == found.files[np.asarray(index) if torch.is_tensor(index) else index].tolist()
+    with pytest.raises(ValueError, match="corruptions are made in memory"):
+        data.load("small:jpeg-1")
+
+
+def test_all_unreadable_files_are_named(root, monkeypatch):
+    name_it(monkeypatch)
+    for name in ("n02/a.JPEG", "n10/e.webp"):
+        (root / "small" / name).write_bytes(b"\xff\xd8\xff no image")
+    with pytest.raises(ValueError, match="small: found 2 unreadable images") as refusal:
+        data.load("small").resized(8)
+    assert "a.JPEG: found no readable" in str(refusal.value) and "e.webp: found no readable" in str(refusal.value)
+
+
+@pytest.mark.parametrize(("n_images", "n_classes"), [(6, 3), (4, 3), (5, 2), (5, 0)])
+def test_a_set_that_is_not_whole_does_not_go_by_its_name(root, monkeypatch, n_images, n_classes):
+    name_it(monkeypatch, n_images, n_classes)
+    with pytest.raises(ValueError, match=rf"small: .*found 5 images in 3 sub-folders of .*, expected {n_images} in "):
+        data.load("small")
+
+
+def test_a_flat_folder_has_no_labels_and_an_empty_one_is_missing(root, monkeypatch):
+    flat = data.folder_set(root / "small" / "n02")
+    assert flat.labels is None and len(flat) == 2 and flat[:1].labels is None
+    (root / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="found no image files below"):
+        data.folder_set(root / "none")
+
+
+# --- what a profile needs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def profile(root, monkeypatch):
+    """A checkout whose profile `tiny` names two sets."""
+    monkeypatch.setenv("CADET_ROOT", str(root))
+    folder = root / "params" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "01_pretraining.yaml").write_text("data: small\nknn_data: digits-test\n")
+    (folder / "04_cadet_tables.yaml").write_text("in_distribution: digits-test\nunseen: [small, imagenet-o]\n")
+    return "tiny"
+
+
+def test_check_tells_of_a_profile_what_is_there_and_what_to_do(profile, root, monkeypatch, capsys):
+    name_it(monkeypatch)
+    monkeypatch.setattr(data, "read_image", None)  # counted, not read
+    assert data.main(["check", profile]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:6]] == [
+        ["set", "state", "images", "expected", "classes", "notebooks"],
+        ["small", "there", "5", "5", "3", "01", "04"],
+        ["digits-test", "there", "1000", "01", "04"],
+        ["imagenet-o", "MISSING", "-", "2000", "200", "04"],
+    ]
+    told = "\n".join(lines[6:])
+    assert "imagenet-o: found no " in told and "hendrycks/natural-adv-examples" in told and "checksum: none published" in told
+    name_it(monkeypatch, n_images=6)
+    assert data.main(["check", profile]) == 1
+    assert "NOT RIGHT" in capsys.readouterr().out
+    (root / "params" / "tiny" / "04_cadet_tables.yaml").write_text("in_distribution: digits-test\n")
+    name_it(monkeypatch)
+    assert data.main(["check", profile]) == 0
+
+
+def test_checksums_are_those_torchvision_knows():
+    from torchvision.datasets.imagenet import ARCHIVE_META
+
+    for name, part in (("imagenet-train", "train"), ("imagenet-val", "val")):
+        archive, md5 = ARCHIVE_META[part]
+        known = imagenet.SETS[name]
+        assert md5 in known.checksum and ARCHIVE_META["devkit"][1] in known.checksum and archive in known.get
+
+
+# --- published lists -----------------------------------------------------------------------------------------------------
+
+
+def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch, tmp_path):
+    monkeypatch.setitem(imagenet.SETS, "many", imagenet.Folder("many", 40, 4, "put", "none published"))
+    monkeypatch.setitem(data.SOURCES, "many", data._Source(data._files(imagenet.SETS["many"]), "put"))
+    for i in range(40):
+        path = root / "many" / str(i % 4) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(path)
+    given = dict(in_distribution="many", classes=[], n_held_out=30, seed=5, n_splits=2, n_reference=4, n_calibration=9)
+    files = imagenet.write_lists(tmp_path / "lists", given)
+    assert len(files) == 6
+    held_out = experiments.some_of(data.load("many"), 30, 5).resized(8).images[:, 0, 0, 0]  # as the notebook does
+    for i, division in enumerate(experiments.splits(30, 2, 4, 9, seed=5)):
+        for part, index in (("x_val_1", division.reference), ("x_val_2", division.calibration), ("test", division.test)):
+            names = (tmp_path / "lists" / f"split-{i}" / f"{part}.txt").read_text().split()
+            assert [int(name.split("/")[1].removesuffix(".png")) for name in names] == held_out[index].tolist()
+    with pytest.raises(ValueError, match="in_distribution: found digits, expected a set of image files"):
+        imagenet.published_lists(given | dict(in_distribution="digits"))
+
+
+@pytest.mark.data
+def test_the_sample_is_whole_and_read_as_pictures():
+    if not (data.root() / "imagenet-sample").is_dir():
+        pytest.skip("no imagenet-sample below the data root: set CADET_DATA")
+    sample = data.load("imagenet-sample")
+    assert len(sample) == 63 and sample.labels.tolist() == list(range(63))
+    assert sample[:2].resized(64).images.float().std() > 20
