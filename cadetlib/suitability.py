@@ -100,10 +100,10 @@ def judge(detector: cadet.CADet, name: str, reference: Any, normal: Any, n_judge
 
 
 def _aurocs(known: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], gamma: float) -> Row:
-    scores = [m_in + gamma * m_out for m_in, m_out in (known, found)]
-    low, high = metrics.bootstrap_interval(*scores, n_boot=200)
+    normal, disturbed = (m_in + gamma * m_out for m_in, m_out in (known, found))
+    low, high = metrics.bootstrap_interval(normal, disturbed, n_boot=200)
     alone = [metrics.auroc(a, b) for a, b in zip(known, found, strict=True)]
-    return dict(auroc=metrics.auroc(*scores), low=low, high=high, m_in_alone=alone[0], m_out_alone=alone[1])
+    return dict(auroc=metrics.auroc(normal, disturbed), low=low, high=high, m_in_alone=alone[0], m_out_alone=alone[1])
 
 
 def _point(name: str, found: tuple[Tensor, Tensor], gamma: float) -> Row:

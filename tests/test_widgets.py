@@ -217,3 +217,15 @@ def test_saved_scores_become_the_detector_s_p_values(tmp_path):
     assert one["kind"] == "in" and (np.diff(one["p_values"]) >= 0).all()
     file = explored.save(made, tmp_path / "detectors" / "mine.safetensors", tmp_path / "encoder.safetensors")
     assert cadet.CADet.load(file, encoder).fingerprint() == direct.fingerprint()
+
+
+def test_pictures_are_those_of_the_tested_images():
+    divisions = [explored.experiments.Split(torch.tensor([0]), torch.tensor([1]), torch.tensor([3, 2]))]
+    asker = explored.experiments.Asker({}, {"in-distribution": False, "PGD": True, "unseen": False}, divisions)
+    sets = {name: torch.arange(4) for name in asker.paired}
+    found = explored.tested_images(asker, sets)
+    assert {name: images.tolist() for name, images in found.items()} == {
+        "in-distribution": [3, 2],
+        "PGD": [3, 2],
+        "unseen": [0, 1, 2, 3],
+    }
