@@ -669,7 +669,8 @@ def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[st
     columns = max(1, *(len(items) for items in found.values()))
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(1.15 * columns, 5.0), layout="constrained")
-        for part, (kind, title) in zip(figure.subfigures(3, 1), EXAMPLES.items(), strict=True):
+        parts: Any = figure.subfigures(3, 1)
+        for part, (kind, title) in zip(parts, EXAMPLES.items(), strict=True):
             part.suptitle(title if found[kind] else f"{title}: none", fontsize=11, x=0.01, ha="left")
             places = part.subplots(1, columns, squeeze=False)[0]
             for place in places:

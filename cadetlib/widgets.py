@@ -126,7 +126,7 @@ class ThresholdExplorer:
 
     def select_batch(self) -> None:
         """Another batch: as many normal images and anomalies, of all sets shown, as the share asks for."""
-        odd = np.sort(np.concatenate([curve["p_values"] for curve in self.shown[1:]]))
+        odd: Any = np.sort(np.concatenate([curve["p_values"] for curve in self.shown[1:]]))
         self.normal_p, self.odd_p = thresholds.batch_parts(self.shown[0]["p_values"], odd, self.share.value)
         self.batch.draw(plots.batch(self.normal_p, self.odd_p))
         self.move_batch()
