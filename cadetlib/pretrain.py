@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cadetlib import checks, data, embed, encoders, losses, parameters, probe, processes, record
+from cadetlib import checks, data, embed, encoders, imagenet, losses, parameters, probe, processes, record, stream
 from cadetlib.views import TrainViews
 
 PREEMPTED = 75  # EX_TEMPFAIL: saved; start me again
@@ -46,6 +46,8 @@ OPERATION = (
     "knn_images",
     "snapshots",
     "max_steps",
+    "workers",
+    "allow_unreadable",
 )  # may change between runs
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
 _KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
@@ -92,6 +94,9 @@ class Settings:
     knn_images: int = 2000  # at most so many of it, and five times as many to look among
     snapshots: list[int] = field(default_factory=list)  # epochs after which the encoder is kept beside the final one
     max_steps: int = 0  # stop after so many steps, to try a configuration; 0: run to the end
+    stream: bool = False  # read image files as training goes on; sets that do not fit in memory always are
+    workers: int = 0  # processes that decode a streamed set, for each training process; 0: one a core
+    allow_unreadable: int = 0  # damaged image files of a streamed set to leave out; with more, training does not begin
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -105,6 +110,8 @@ class Settings:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {allowed}")
         for name in ("batch_size", "epochs", "log_every", "checkpoint_every"):
             checks.at_least(getattr(self, name), name, 1)
+        for name in ("workers", "allow_unreadable"):
+            checks.at_least(getattr(self, name), name, 0)
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale: found {self.crop_scale}, expected [low, high] with 0 < low <= high <= 1")
 
@@ -312,15 +319,23 @@ def make_model(settings: Settings, n_classes: int) -> Model:
         return Model(settings, n_classes)
 
 
+def _n_views(settings: Settings) -> int:
+    return 2 if settings.objective == "contrastive" else 1
+
+
 def training_loss(
     model: nn.Module, views: TrainViews, x: Tensor, y: Tensor, keys: Tensor, epoch: int, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch and the embeddings it came from. x: (b, 3, S, S) float, y: (b,) labels, keys: (b,) image numbers.
 
-    Summed over processes ("sum") or averaged over them ("mean") it is the loss of the whole batch.
+    Of a streamed set, x are the views' crops (b, V, 3, S, S). Summed over processes ("sum") or averaged over them ("mean") it
+    is the loss of the whole batch.
     """
-    numbers = (2 * epoch, 2 * epoch + 1) if settings.objective == "contrastive" else (2 * epoch,)
-    batch = torch.cat([views(x, keys, number) for number in numbers])
+    numbers = stream.view_numbers(epoch, _n_views(settings))
+    if x.ndim == 5:
+        batch = torch.cat([views.after_crop(x[:, i], keys, number) for i, number in enumerate(numbers)])
+    else:
+        batch = torch.cat([views(x, keys, number) for number in numbers])
     if settings.channels_last:
         batch = batch.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, embed.DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
@@ -340,8 +355,14 @@ def likeness(z: Tensor) -> float:
     return float(1 - distance)
 
 
+def is_streamed(settings: Settings) -> bool:
+    """Whether the run's images are read from files as it goes on: when asked for, or when they do not fit in memory."""
+    return settings.stream or (settings.data in imagenet.SETS and imagenet.SETS[settings.data].streamed)
+
+
 def _prepared(name: str, settings: Settings) -> data.ImageSet:
-    images = data.load(name).of_classes(settings.classes).resized(settings.image_size)
+    """A set of these classes, counted from 0; files are not read yet."""
+    images = data.load(name).of_classes(settings.classes)
     if settings.classes and images.labels is not None:
         position = {label: i for i, label in enumerate(settings.classes)}
         images = replace(images, labels=torch.tensor([position[int(label)] for label in images.labels]))
@@ -349,8 +370,12 @@ def _prepared(name: str, settings: Settings) -> data.ImageSet:
 
 
 def training_images(settings: Settings) -> data.ImageSet:
-    """The run's images, brought to its size, with labels counted from 0 in the order of `classes`."""
+    """The run's images, with labels counted from 0 in the order of `classes`; brought to its size unless they are streamed."""
     images = _prepared(settings.data, settings)
+    if not is_streamed(settings):
+        images = images.resized(settings.image_size)
+    elif not isinstance(images, data.FolderSet):
+        raise ValueError(f"stream: found {images.name}, which is no set of image files, expected one of {list(imagenet.SETS)}")
     if images.labels is None and settings.objective == "supervised":
         raise ValueError(f"data: found no labels in {images.name}, expected some for the supervised objective")
     if len(images) < settings.batch_size:
@@ -377,7 +402,7 @@ def _own_device() -> torch.device:
 
 
 def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if losses.is_distributed() else (0, 1)
+    world = distributed.get_world_size() if losses.is_distributed() else 1
     if settings.batch_size < 2 or settings.batch_size % world:
         raise ValueError(
             f"batch_size: found {settings.batch_size} on {world} processes, expected at least 2 and a multiple of {world}"
@@ -387,11 +412,9 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
 
     images = training_images(settings)
     held_out = _held_out(settings, images)
-    pixels, labels = (
-        images.images.to(device),
-        (images.labels if images.labels is not None else torch.zeros(len(images))).to(device),
-    )
-    n_classes = int(labels.max()) + 1
+    n_classes = 1 if images.labels is None else int(images.labels.max()) + 1
+    if isinstance(images, data.FolderSet):
+        images = stream.readable(images, folder, settings.allow_unreadable, settings.workers, _say)
     model = make_model(settings, n_classes).to(device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -435,22 +458,15 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     last_step = settings.epochs * steps_per_epoch
     end = min(last_step, settings.max_steps or last_step)
     log = _Log(folder / "log.jsonl", step)
-    share = settings.batch_size // world
-    order, order_epoch = torch.empty(0), -1
+    batches = _batches(images, views, settings, device, step, end)
     began, began_step, recent = time.perf_counter(), step, []
     model.train()
     while step < end:
-        epoch, position = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-            order, order_epoch = torch.randperm(len(images), generator=generator).to(device), epoch
-        first = position * settings.batch_size + rank * share
-        index = order[first : first + share]
+        epoch = step // steps_per_epoch
         rate = learning_rate(step, steps_per_epoch, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x = checks.images(pixels[index])
-        loss, z = training_loss(parallel, views, x, labels[index], index, epoch, settings)
+        loss, z = training_loss(parallel, views, *next(batches), epoch, settings)
         optimizer.zero_grad(set_to_none=True)
         # Processes average gradients; a loss that is a sum over processes wants their sum.
         of_sum = settings.objective == "contrastive" and settings.reduction == "sum"
@@ -501,6 +517,22 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     return 0
 
 
+def _batches(
+    images: data.ImageSet, views: TrainViews, settings: Settings, device: torch.device, first: int, last: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What each step first .. last - 1 learns from on this process: images or their crops, labels, image numbers."""
+    if isinstance(images, data.FolderSet):
+        crops = stream.Crops(images, views, _n_views(settings))
+        yield from stream.batches(crops, settings.batch_size, settings.seed, first, last, device, settings.workers)
+        return
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if losses.is_distributed() else (0, 1)
+    pixels = images.images.to(device)
+    labels = (images.labels if images.labels is not None else torch.zeros(len(images))).to(device)
+    for _, index in stream.shares(len(images), settings.batch_size, settings.seed, first, last, rank, world):
+        index = index.to(device, non_blocking=True)
+        yield checks.images(pixels[index]), labels[index], index
+
+
 def snapshot_file(folder: Path, epoch: int) -> Path:
     """Where a run keeps its encoder as it was after an epoch."""
     return folder / f"encoder-epoch-{epoch:04d}.safetensors"
@@ -525,12 +557,13 @@ def _held_out(settings: Settings, images: data.ImageSet) -> data.ImageSet | None
     held_out = _prepared(settings.knn_data, settings)
     if images.labels is None or held_out.labels is None:
         raise ValueError(f"knn_data: found no labels in {images.name} or {held_out.name}, expected labels for the kNN evaluation")
-    return held_out
+    chosen = data.split(len(held_out), {"test": min(len(held_out), settings.knn_images)}, seed=0)["test"]
+    return held_out[chosen].resized(settings.image_size)
 
 
-def _knn(encoder: nn.Module, images: data.ImageSet, held_out: data.ImageSet, settings: Settings) -> float:
+def _knn(encoder: nn.Module, images: data.ImageSet, test: data.ImageSet, settings: Settings) -> float:
     bank = images[data.split(len(images), {"bank": min(len(images), 5 * settings.knn_images)}, seed=0)["bank"]]
-    test = held_out[data.split(len(held_out), {"test": min(len(held_out), settings.knn_images)}, seed=0)["test"]]
+    bank = bank.resized(settings.image_size)
     assert bank.labels is not None and test.labels is not None  # _held_out has looked
     features, test_features = (embed.embed(encoder, part.images, dtype=settings.dtype) for part in (bank, test))
     return probe.knn_accuracy(features, bank.labels, test_features, test.labels)
@@ -608,8 +641,11 @@ def obtain(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     its digest is right and it was trained with just these settings, and it is said that it was used.
     """
     settings = settings_from(given, objective)
+    if record.forced():  # reproduce --force: nothing finished or kept is taken
+        record.set_aside(run_folder(settings))
+        return launch(given, objective)
     kept = record.checkout() / "outputs" / "reference" / str(given.get("profile", "digits")) / "pretraining" / objective
-    if (run_folder(settings) / "encoder.safetensors").is_file() or not (kept / "encoder.safetensors").is_file():
+    if run_folder(settings).is_dir() or not (kept / "encoder.safetensors").is_file():  # one's own, be it interrupted, comes first
         return launch(given, objective)
     _, about = encoders.read_safetensors(kept / "encoder.safetensors", encoders.FORMAT)  # compares its digest
     if different := different_settings(json.loads(about["settings"]), settings):

@@ -9,6 +9,7 @@ pixel (RandomResizedCrop, ColorJitter, GaussianBlur, RandomGrayscale), which the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,22 +38,26 @@ def resize_to(images: Any, size: int) -> Tensor:
     return x[..., top : top + size, left : left + size]
 
 
-def crop_boxes(draws: Tensor, scale: tuple[float, float], ratio: tuple[float, float], size: int) -> Tensor:
-    """torchvision's RandomResizedCrop.get_params on a square of `size`, vectorised.
+def crop_boxes(
+    draws: Tensor, scale: tuple[float, float], ratio: tuple[float, float], size: int, across: int | None = None
+) -> Tensor:
+    """torchvision's RandomResizedCrop.get_params on an image `size` high and `across` wide (None: a square), vectorised.
 
     draws: (..., 2 * 10 + 2) uniform numbers -> boxes (..., 4) int64: top, left, height, width.
-    Area fraction uniform in `scale`, aspect log-uniform in `ratio`, the first of ten draws that fits, else the centre.
+    Area fraction uniform in `scale`, aspect log-uniform in `ratio`, the first of ten draws that fits, else the centre: as
+    much of the image as `ratio` allows.
     """
-    area = size * size * (scale[0] + (scale[1] - scale[0]) * draws[..., :_TRIES])
+    across = size if across is None else across
+    area = size * across * (scale[0] + (scale[1] - scale[0]) * draws[..., :_TRIES])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[..., _TRIES : 2 * _TRIES])
     width, height = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
+    fits = (width > 0) & (width <= across) & (height > 0) & (height <= size)
     first = fits.int().argmax(dim=-1, keepdim=True)
-    fallback = ~fits.any(dim=-1)
-    width = width.gather(-1, first).squeeze(-1).masked_fill(fallback, size)
-    height = height.gather(-1, first).squeeze(-1).masked_fill(fallback, size)
-    top = (draws[..., -2] * (size - height + 1)).long()
-    left = (draws[..., -1] * (size - width + 1)).long()
+    centre = ~fits.any(dim=-1)
+    width = width.gather(-1, first).squeeze(-1).masked_fill(centre, min(across, round(size * ratio[1])))
+    height = height.gather(-1, first).squeeze(-1).masked_fill(centre, min(size, round(across / ratio[0])))
+    top = torch.where(centre, (size - height) // 2, (draws[..., -2] * (size - height + 1)).long())
+    left = torch.where(centre, (across - width) // 2, (draws[..., -1] * (across - width + 1)).long())
     return torch.stack([top, left, height, width], dim=-1)
 
 
@@ -191,15 +196,37 @@ class TrainViews:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __call__(self, images: Tensor, keys: Tensor, view: int) -> Tensor:
-        n, size = len(images), self.image_size
-        draws = rng.uniform(self.seed, keys.to(images.device), torch.tensor([view], device=images.device), 2 * _TRIES + 15)[:, 0]
-        boxes = crop_boxes(draws[:, 13 : 13 + 2 * _TRIES + 2], self.crop_scale, self.ratio, size)
+        size, draws = self.image_size, self._draws(keys.to(images.device), [view])[:, 0]
+        boxes = self._boxes(draws, size, size)
         rows = crop_matrices(boxes[:, 0], boxes[:, 2], size)[:, None]
         columns = crop_matrices(boxes[:, 1], boxes[:, 3], size, draws[:, 0] < self.flip)[:, None]
-        out = resample(images, rows, columns)[:, 0]
+        return self._recoloured(resample(images, rows, columns)[:, 0], draws)
+
+    def boxes(self, keys: Tensor, views: Sequence[int], height: int, width: int) -> Tensor:
+        """The crops of these views, for those who cut them: keys (N,) -> (N, V, 4) int64 top, left, height, width.
+
+        >>> TrainViews(8).boxes(torch.arange(3), [0, 1], height=375, width=500).shape
+        torch.Size([3, 2, 4])
+        """
+        return self._boxes(self._draws(keys, views), height, width)
+
+    def after_crop(self, crops: Tensor, keys: Tensor, view: int) -> Tensor:
+        """What a view is besides its crop: `crops` (N, 3, S, S) float in [0, 1], cut by `boxes` and resized to S x S."""
+        draws = self._draws(keys.to(crops.device), [view])[:, 0]
+        return self._recoloured(torch.where((draws[:, 0] < self.flip).view(-1, 1, 1, 1), crops.flip(-1), crops), draws)
+
+    def _draws(self, keys: Tensor, views: Sequence[int]) -> Tensor:
+        return rng.uniform(self.seed, keys, torch.tensor(views, device=keys.device), 2 * _TRIES + 15)
+
+    def _boxes(self, draws: Tensor, height: int, width: int) -> Tensor:
+        return crop_boxes(draws[..., 13 : 13 + 2 * _TRIES + 2], self.crop_scale, self.ratio, height, width)
+
+    def _recoloured(self, out: Tensor, draws: Tensor) -> Tensor:
+        """Colour jitter, greyscale and blur; writes into `out` (N, 3, S, S)."""
+        n, size = len(out), self.image_size
         if self.jitter > 0:
-            strength = self.jitter_strength * torch.tensor([0.8, 0.8, 0.8, 0.2], device=images.device)
-            centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=images.device)
+            strength = self.jitter_strength * torch.tensor([0.8, 0.8, 0.8, 0.2], device=out.device)
+            centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=out.device)
             low = torch.where(centre > 0, (centre - strength).clamp(min=0), -strength)
             factors = low + draws[:, 2:6] * (centre + strength - low)
             chosen = torch.nonzero(draws[:, 1] < self.jitter)[:, 0]

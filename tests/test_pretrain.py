@@ -324,6 +324,7 @@ def test_operational_settings_may_change(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     sorted(folder.glob("checkpoint-*.pt"))[-1].unlink()
     other = dict(log_every=4, checkpoint_every=3, knn_every=1, knn_data="digits", knn_images=20, max_steps=34, snapshots=[])
+    other |= dict(workers=3, allow_unreadable=2)
     assert {"output", *other} == set(pretrain.OPERATION)
     assert pretrain.train(settings(folder, **other)) == 0
     assert last_checkpoint(folder)["step"] == 34
