@@ -237,7 +237,8 @@ def comparison(rows: Sequence[Row]) -> Figure:
         names = [f"{detector}, {encoder}" for detector, encoder in systems]
         sns.heatmap(
             grid, vmin=0, vmax=100, center=50, cmap="vlag", annot=True, fmt=".0f", annot_kws={"fontsize": 8}, ax=axes,
-            xticklabels=anomalies, yticklabels=names, cbar_kws={"label": "AUROC (%): 50 is a coin toss", "shrink": 0.4}, linewidths=0.5,
+            xticklabels=anomalies, yticklabels=names, linewidths=0.5,
+            cbar_kws={"label": "AUROC (%): 50 is a coin toss", "shrink": 0.4},
         )  # fmt: skip
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
         for label, (detector, _) in zip(axes.get_yticklabels(), systems, strict=True):
