@@ -395,6 +395,15 @@ def _tried(names: Sequence[str]) -> dict[str, ImageSet | FileNotFoundError]:
     return found
 
 
+def size_of(images: ImageSet) -> str:
+    """The size of a set's images in words; "any" for files that are not read yet.
+
+    >>> size_of(load("digits"))
+    '8 x 8'
+    """
+    return "any" if isinstance(images, FolderSet) else f"{images.images.shape[-1]} x {images.images.shape[-2]}"
+
+
 def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
     """The sets that are there, and for each that is not the reason why: its row is left out, never filled by another.
 
