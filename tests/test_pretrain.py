@@ -71,8 +71,8 @@ def run(folder, *signals, variables=None, target=run_and_exit):
     return exit_codes([process])[0]
 
 
-def run_folder(folder):
-    return pretrain.run_folder(pretrain.settings_from(TINY | dict(output=str(folder))))
+def run_folder(folder, **changed):
+    return pretrain.run_folder(pretrain.settings_from(TINY | dict(output=str(folder)) | changed))
 
 
 def exit_codes(processes):

@@ -88,12 +88,13 @@ def test_mean_and_sum_are_one_run_at_matching_rates(alone, tmp_path):
 def test_any_number_of_processes_is_one_run(world, reduction, alone, tmp_path):
     changed = SGD | dict(reduction=reduction, learning_rate=RATES[reduction])
     assert run_processes(tmp_path, world, **changed) == [0] * world
-    assert_near(run_folder(tmp_path), alone)
+    assert_near(run_folder(tmp_path, **changed), alone)
 
 
 def test_one_process_asked_to_stop_stops_all(alone, tmp_path):
     """All save at one step and leave with 75; then a different number of processes goes on."""
-    changed, folder = SGD | dict(learning_rate=RATES["sum"]), run_folder(tmp_path)
+    changed = SGD | dict(learning_rate=RATES["sum"])
+    folder = run_folder(tmp_path, **changed)
     assert run_processes(tmp_path, 2, [(signal.SIGTERM, 3, 0)], **changed) == [75, 75]
     step = last_checkpoint(folder)["step"]
     assert 3 <= step < 8 and steps_logged(folder) == list(range(1, step + 1))
