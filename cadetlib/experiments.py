@@ -60,15 +60,17 @@ def rejection_rates(
     no image is drawn together with its original. Draws from a finite pool overlap, so the interval (Clopper-Pearson) is about
     the draws and not about other pools. Each row keeps its p-values.
     """
+    pools = {NO_SHIFT: reference[:0], **others}
+    z = mmd.centred(torch.cat([reference, *others.values()]))
+    begins = dict(zip(pools, np.cumsum([0, *(len(pool) for pool in pools.values())]).tolist(), strict=False))
     rows = []
-    for name, other in {NO_SHIFT: reference[:0], **others}.items():
-        z = mmd.centred(torch.cat([reference, other]))
-        gram = z @ z.T
-        for n in sizes:
-            x1, x2, y = _draws_of_shift(len(reference), len(other), name in paired, n, n_samplings, seed)
-            tests = mmd.test_draws(gram, x1, x2, y, n_perm, seed)
+    for n in sizes:
+        draws = {k: _draws_of_shift(len(reference), len(v), k in paired, n, n_samplings, seed) for k, v in pools.items()}
+        x1, x2, _ = draws[NO_SHIFT]  # and so of every other: a seed draws the same ones
+        ys = [y + begins[name] for name, (_, _, y) in draws.items()]
+        for name, tests in zip(pools, mmd.test_shifts(z, x1, x2, ys, n_perm, seed), strict=True):
             rows += [_rejections(test, name, n, p, alpha) for test, p in (("MMD", tests.mmd), ("MMD-CC", tests.mmd_cc))]
-    return rows
+    return sorted(rows, key=lambda row: list(pools).index(row["shift"]))
 
 
 NO_SHIFT = "no shift"  # S_Q drawn from the reference itself

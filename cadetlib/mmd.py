@@ -13,6 +13,7 @@ that float32 would lose.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,18 +114,22 @@ def _paired_sums(z: Tensor, partner: Tensor, step: int) -> Tensor:
     return total
 
 
-def _null(z: Tensor, trace: float, n_perm: int, seed: int, max_bytes: int) -> Tensor:
-    """Eq. 4 for `n_perm` random splits of the rows of z (2n, D), K built `max_bytes` at a time -> (n_perm,) float64."""
+def _split_sums(z: Tensor, signs: Tensor, partner: Tensor, max_bytes: int) -> Tensor:
+    """s^T K s + 2 sum_i k(X_i, Y_i) for splits (P, 2n) of the rows of z (2n, D), K `max_bytes` at a time -> (P,) float64."""
     size = len(z)
-    n = size // 2
-    splits = random_splits(1, n_perm, size, torch.Generator().manual_seed(seed)).to(z.device)
     step = max(1, min(max(256, -(-size // _BLOCKS)), max_bytes // (size * z.element_size())))
     if size <= min(step, z.shape[1]):  # K is whole in one block and no larger than Z
-        sums = split_statistics((z @ z.T)[None], splits)[0]
-    else:
-        signs, partner = _signs_and_partners(splits[0], z.dtype)
-        sums = (signs @ z).square().sum(-1, dtype=torch.float64) + _paired_sums(z, partner, step)
-    return (sums - trace) / (n * (n - 1))
+        gram = z @ z.T
+        quadratic = ((signs @ gram) * signs).sum(-1, dtype=torch.float64)
+        return quadratic + gram.gather(0, partner).sum(-1, dtype=torch.float64)
+    return (signs @ z).square().sum(-1, dtype=torch.float64) + _paired_sums(z, partner, step)
+
+
+def _null(z: Tensor, trace: float, n_perm: int, seed: int, max_bytes: int) -> Tensor:
+    """Eq. 4 for `n_perm` random splits of the rows of z (2n, D) -> (n_perm,) float64."""
+    n = len(z) // 2
+    splits = random_splits(1, n_perm, 2 * n, torch.Generator().manual_seed(seed))[0].to(z.device)
+    return (_split_sums(z, *_signs_and_partners(splits, z.dtype), max_bytes) - trace) / (n * (n - 1))
 
 
 def _tie_width(spread: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -174,6 +179,60 @@ class DrawnTests:
     statistic: Tensor
     mmd: Tensor  # p-values of the MMD test of (x1, y)
     mmd_cc: Tensor  # p-values of MMD-CC of (x1, x2, y)
+
+
+def test_shifts(
+    z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm: int = 500, seed: int = 0, max_bytes: int = 2**30
+) -> list[DrawnTests]:
+    """MMD and MMD-CC for B draws of large samples from one pool, each draw against several samples y: one result for each of ys.
+
+    z: (M, D) `centred` embeddings; x1, x2 and each of ys: (B, n) int64 indices of its rows. Same tests as `mmd_test` and
+    `mmd_cc_test`; splits are drawn anew for each draw and shared by its tests, and the null of MMD-CC, which knows no y, is
+    computed once. `test_draws` is the faster for many draws of few samples.
+    """
+    checks.at_least(n_perm, "n_perm", 1)
+    if not all(index.shape == x1.shape for index in (x2, *ys)) or x1.ndim != 2 or x1.shape[1] < 2:
+        shapes = [tuple(index.shape) for index in (x1, x2, *ys)]
+        raise ValueError(f"found indices of shapes {shapes}; expected equal (B, n), n >= 2")
+    n = x1.shape[1]
+    z = z.double() if n <= 256 else z  # small samples repeat splits exactly
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.empty(len(ys), 3, len(x1), dtype=torch.float64)
+    for b, (a, clean) in enumerate(zip(x1, x2, strict=True)):
+        splits = random_splits(1, n_perm, 2 * n, generator)[0].to(z.device)
+        signs_and_partner = _signs_and_partners(splits, z.dtype)
+        without = _Pool.of(z[torch.cat([a, clean])], signs_and_partner, max_bytes)
+        for k, y in enumerate(ys):
+            with_y = _Pool.of(z[torch.cat([a, y[b]])], signs_and_partner, max_bytes)
+            found[k, :, b] = torch.tensor([with_y.statistic, with_y.p_value(with_y.statistic), without.p_value(with_y.statistic)])
+    return [DrawnTests(*rows) for rows in found]
+
+
+test_shifts.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Two samples of one size: Eq. 4 as they are and under random splits, and the half-width of a tie."""
+
+    statistic: float
+    null: Tensor  # (n_perm,)
+    tie: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, signs_and_partner: tuple[Tensor, Tensor], max_bytes: int) -> _Pool:
+        """From centred embeddings (2n, D), the first sample above the second."""
+        n = len(z) // 2
+        squares = torch.linalg.vecdot(z, z).double()
+        x, y = z.double().split(n)
+        difference = x.sum(0) - y.sum(0)
+        statistic = difference @ difference - squares.sum() + 2 * torch.linalg.vecdot(x, y).sum()
+        null = _split_sums(z, *signs_and_partner, max_bytes) - squares.sum()
+        return cls(float(statistic) / (n * (n - 1)), null / (n * (n - 1)), _tie_width(squares.mean(), n, z.dtype))
+
+    def p_value(self, statistic: float) -> float:
+        """(1 + #{null >= statistic}) / (1 + n_perm), ties counted."""
+        return (1 + int((self.null >= statistic - self.tie).sum())) / (1 + len(self.null))
 
 
 def test_draws(

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from cadetlib import data, losses
 from cadetlib.views import TrainViews
 
+_LAST_SECONDS = 20  # of a worker that is told to end; torchrun gives its processes 30
 RECORD = "files.json"  # in a run's folder: which files it reads
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 Share = tuple[int, Tensor]  # epoch and the images (n,) of one step on one process
@@ -160,9 +161,13 @@ def _loader(dataset: Dataset[Any], workers: int, **settings: Any) -> DataLoader[
 
 
 def _outlive_signals(_: int) -> None:
-    """Signals that end a job reach its whole group; the training process saves first, and then ends its workers itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """Signals that end a job reach its whole group: a worker goes on for a while, since the training process saves first.
+
+    Not for ever: a process that ends by an error terminates the workers it still has, and waits for them.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_SECONDS))  # SIGALRM ends it
 
 
 def own_cores() -> int:

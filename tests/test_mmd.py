@@ -154,3 +154,27 @@ def test_bad_settings_are_refused():
         mmd.mmd_test(sample(3), sample(3, seed=1), n_perm=0)
     with pytest.raises(ValueError, match="x2"):
         mmd.mmd_cc_test(sample(3), sample(2), sample(3))
+
+
+@pytest.mark.parametrize(("n", "dim"), [(12, 40), (300, 8)])
+def test_shifts_are_the_single_tests(n, dim):
+    """Every draw against every y: the statistic of Eq. 4, and p-values that its own null gives with the draw's splits."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(4 * n, dim, generator=generator)
+    pool[3 * n :] += 0.3
+    z = mmd.centred(pool)
+    x1, x2, near = (torch.randperm(3 * n, generator=generator)[: 2 * n].view(2, n) for _ in range(3))
+    far = 3 * n + torch.stack([torch.randperm(n, generator=generator) for _ in range(2)])
+    found = mmd.test_shifts(z, x1, x2, [near, far], n_perm=60, seed=5)
+    splits = torch.Generator().manual_seed(5)
+    for b in range(2):
+        split = mmd.random_splits(1, 60, 2 * n, splits)[0]
+        for tests, y in zip(found, (near, far), strict=True):
+            statistic = mmd.mmd2_unbiased(pool[x1[b]], pool[y[b]])
+            assert float(tests.statistic[b]) == pytest.approx(statistic, rel=1e-4, abs=1e-6)
+            for p, other in ((tests.mmd[b], y[b]), (tests.mmd_cc[b], x2[b])):
+                both = torch.cat([pool[x1[b]], pool[other]]).double()
+                null = [mmd.mmd2_unbiased(both[order[:n]], both[order[n:]]) for order in split]
+                assert float(p) == pytest.approx((1 + sum(v >= statistic - 1e-7 for v in null)) / 61, abs=0.02)
+    with pytest.raises(ValueError, match="equal"):
+        mmd.test_shifts(z, x1, x2, [near[:, :-1]])
