@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from cadetlib import checks
 
 _BLOCKS = 8  # of rows of K in a large test: a ninth of the upper triangle more than needed is computed
+_SHARING = 25  # draws of a few samples that share their splits
 _TIE = 100  # two statistics that differ by fewer rounding errors than this are tied: small samples repeat splits exactly
 
 
@@ -181,14 +182,12 @@ class DrawnTests:
     mmd_cc: Tensor  # p-values of MMD-CC of (x1, x2, y)
 
 
-def test_shifts(
-    z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm: int = 500, seed: int = 0, max_bytes: int = 2**30
-) -> list[DrawnTests]:
+def test_shifts(z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm: int = 500, seed: int = 0) -> list[DrawnTests]:
     """MMD and MMD-CC for B draws of large samples from one pool, each draw against several samples y: one result for each of ys.
 
     z: (M, D) `centred` embeddings; x1, x2 and each of ys: (B, n) int64 indices of its rows. Same tests as `mmd_test` and
     `mmd_cc_test`; splits are drawn anew for each draw and shared by its tests, and the null of MMD-CC, which knows no y, is
-    computed once. `test_draws` is the faster for many draws of few samples.
+    computed once. K of one pair of samples, (2n, 2n), is held at a time. `test_draws` is faster for many draws of few samples.
     """
     checks.at_least(n_perm, "n_perm", 1)
     if not all(index.shape == x1.shape for index in (x2, *ys)) or x1.ndim != 2 or x1.shape[1] < 2:
@@ -200,10 +199,11 @@ def test_shifts(
     found = torch.empty(len(ys), 3, len(x1), dtype=torch.float64)
     for b, (a, clean) in enumerate(zip(x1, x2, strict=True)):
         splits = random_splits(1, n_perm, 2 * n, generator)[0].to(z.device)
-        signs_and_partner = _signs_and_partners(splits, z.dtype)
-        without = _Pool.of(z[torch.cat([a, clean])], signs_and_partner, max_bytes)
+        signs = _signs_and_partners(splits, z.dtype)[0]
+        pairs = splits[:, :n] * (2 * n) + splits[:, n:]  # where k(X_i, Y_i) stand in K, row after row
+        without = _Pool.of(z[torch.cat([a, clean])], signs, pairs)
         for k, y in enumerate(ys):
-            with_y = _Pool.of(z[torch.cat([a, y[b]])], signs_and_partner, max_bytes)
+            with_y = _Pool.of(z[torch.cat([a, y[b]])], signs, pairs)
             found[k, :, b] = torch.tensor([with_y.statistic, with_y.p_value(with_y.statistic), without.p_value(with_y.statistic)])
     return [DrawnTests(*rows) for rows in found]
 
@@ -220,14 +220,16 @@ class _Pool:
     tie: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, signs_and_partner: tuple[Tensor, Tensor], max_bytes: int) -> _Pool:
-        """From centred embeddings (2n, D), the first sample above the second."""
-        n = len(z) // 2
+    def of(cls, z: Tensor, signs: Tensor, pairs: Tensor) -> _Pool:
+        """From centred embeddings (2n, D), the first sample above the second, and splits: signs (P, 2n), pairs (P, n)."""
+        n, gram = len(z) // 2, z @ z.T
         squares = torch.linalg.vecdot(z, z).double()
         x, y = z.double().split(n)
         difference = x.sum(0) - y.sum(0)
         statistic = difference @ difference - squares.sum() + 2 * torch.linalg.vecdot(x, y).sum()
-        null = _split_sums(z, *signs_and_partner, max_bytes) - squares.sum()
+        quadratic = (signs @ z).square() if z.shape[1] < 2 * n else (signs @ gram) * signs
+        paired = gram.flatten()[pairs].sum(-1, dtype=torch.float64)
+        null = quadratic.sum(-1, dtype=torch.float64) + 2 * paired - squares.sum()
         return cls(float(statistic) / (n * (n - 1)), null / (n * (n - 1)), _tie_width(squares.mean(), n, z.dtype))
 
     def p_value(self, statistic: float) -> float:
@@ -241,20 +243,21 @@ def test_draws(
     """MMD and MMD-CC for B draws of sample indices from one pool, whose Gram matrix is computed once.
 
     gram: (M, M) = Z Z^T of `centred` embeddings; x1, x2, y: (B, n) int64 indices of its rows. Same tests as `mmd_test` and
-    `mmd_cc_test`, with splits drawn anew for each draw.
+    `mmd_cc_test`. Eq. 4 is linear in K, so that one matrix product serves all splits of many draws, which share their splits:
+    a p-value is what it would be with splits of its own, and as they are drawn anew for every few draws, what p-values have in
+    common (at n = 3, how often the few different splits were drawn) averages out.
     """
     checks.at_least(n_perm, "n_perm", 1)
     if not (x1.shape == x2.shape == y.shape and x1.ndim == 2 and x1.shape[1] >= 2):
         raise ValueError(f"found x1 {tuple(x1.shape)}, x2 {tuple(x2.shape)}, y {tuple(y.shape)}; expected equal (B, n), n >= 2")
-    n_draws, n = x1.shape
+    n = x1.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    per_draw = 8 * 2 * n * (2 * n + 6 * (n_perm + 1))
-    step = max(1, max_bytes // per_draw)
     parts = []
-    for start in range(0, n_draws, step):
-        a, b, c = (index[start : start + step] for index in (x1, x2, y))
-        statistic, mmd = _tests_of_pairs(gram, a, c, None, n_perm, generator)
-        _, mmd_cc = _tests_of_pairs(gram, a, b, statistic, n_perm, generator)
+    for some in torch.arange(len(x1)).split(_SHARING):
+        splits = random_splits(1, n_perm, 2 * n, generator)[0].to(gram.device)
+        a, b, c = (index[some] for index in (x1, x2, y))
+        statistic, mmd = _tests_of_pairs(gram, a, c, None, splits, max_bytes)
+        _, mmd_cc = _tests_of_pairs(gram, a, b, statistic, splits, max_bytes)
         parts.append(torch.stack([statistic, mmd, mmd_cc]))
     return DrawnTests(*torch.cat(parts, dim=1))
 
@@ -262,20 +265,32 @@ def test_draws(
 test_draws.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
 
 
+def shared_split_statistics(gram: Tensor, splits: Tensor, max_bytes: int = 2**28) -> Tensor:
+    """`split_statistics` where all draws share their splits: gram (B, 2n, 2n), splits (P, 2n) -> (B, P) float64.
+
+    s^T K s + 2 sum_i k(X_i, Y_i) is the inner product of K with s s^T plus a one at each pair, in both of its orders.
+    """
+    parts = []
+    for some in splits.split(max(1, max_bytes // (8 * splits.shape[1] ** 2))):
+        signs, partner = _signs_and_partners(some, gram.dtype)
+        weights = signs[:, :, None] * signs[:, None, :]
+        weights.scatter_add_(2, partner[:, :, None], torch.ones_like(weights[:, :, :1]))
+        parts.append(gram.flatten(1) @ weights.flatten(1).T)
+    return torch.cat(parts, dim=1).double()
+
+
 def _tests_of_pairs(
-    gram: Tensor, x: Tensor, y: Tensor, statistic: Tensor | None, n_perm: int, generator: torch.Generator
+    gram: Tensor, x: Tensor, y: Tensor, statistic: Tensor | None, splits: Tensor, max_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Statistic (given, or of x against y) and p-value of each draw under splits of its x and y; x, y (B, n) -> (B,), (B,)."""
-    n_draws, n = x.shape
+    n = x.shape[1]
     both = torch.cat([x, y], dim=1).to(gram.device)
-    k = gram[both[:, :, None], both[:, None, :]]
-    k = k.double() if n <= 256 else k
-    splits = random_splits(n_draws, n_perm, 2 * n, generator).to(gram.device)
-    unsplit = torch.arange(2 * n, device=gram.device).expand(n_draws, 1, -1)
-    values = split_statistics(k, torch.cat([unsplit, splits], dim=1))
-    diagonal = k.diagonal(dim1=-2, dim2=-1).double()
+    k = gram[both[:, :, None], both[:, None, :]].double()
+    unsplit = torch.arange(2 * n, device=gram.device)[None]
+    values = shared_split_statistics(k, torch.cat([unsplit, splits]), max_bytes)
+    diagonal = k.diagonal(dim1=-2, dim2=-1)
     values = ((values - diagonal.sum(-1, keepdim=True)) / (n * (n - 1))).cpu()
     statistic = values[:, 0] if statistic is None else statistic
     tie = _tie_width(diagonal.mean(-1, keepdim=True).cpu(), n, gram.dtype)
-    p_value = (1 + (values[:, 1:] >= statistic[:, None] - tie).sum(1)).double() / (1 + n_perm)
+    p_value = (1 + (values[:, 1:] >= statistic[:, None] - tie).sum(1)).double() / (1 + len(splits))
     return statistic, p_value

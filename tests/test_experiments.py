@@ -46,7 +46,7 @@ def test_table_1_keeps_its_level_and_sees_a_shift():
 def test_table_2_reaches_its_ceiling_and_no_more():
     generator = torch.Generator().manual_seed(1)
     reference, fresh = torch.randn(400, 16, generator=generator).split(200)
-    rows = experiments.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 200, (100,))
+    rows = experiments.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 1000, (100,))
     auroc = {(r["test"], r["anomaly"], r["n"]): r["auroc"] for r in rows}
     assert auroc["MMD-CC", "far", 20] == pytest.approx(1 - 0.5 / 101, abs=0.004)
     assert 0.4 < auroc["MMD", "same", 20] < 0.6

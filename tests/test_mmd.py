@@ -110,6 +110,23 @@ def test_level_under_h0_and_power_under_a_shift():
     assert shifted.p_value == 0.01
 
 
+def test_shared_splits_are_the_single_ones():
+    z = mmd.centred(sample(30, 4).view(30, -1)).view(3, 10, -1)
+    gram, splits = z @ z.transpose(1, 2), mmd.random_splits(1, 20, 10, torch.Generator().manual_seed(1))
+    expected = mmd.split_statistics(gram, splits.expand(3, -1, -1))
+    assert torch.allclose(mmd.shared_split_statistics(gram, splits[0]), expected, atol=1e-6)
+    assert torch.allclose(mmd.shared_split_statistics(gram, splits[0], max_bytes=8 * 100 * 7), expected, atol=1e-6)
+
+
+def test_p_values_of_draws_are_uniform_without_a_shift():
+    """Many draws that share splits: rejection at each level within four standard errors of it."""
+    z = mmd.centred(torch.randn(4000, 8, generator=torch.Generator().manual_seed(3)))
+    order = torch.rand(2000, 4000, generator=torch.Generator().manual_seed(4)).argsort(dim=1)[:, :15]
+    p = mmd.test_draws(z @ z.T, *order.split(5, dim=1), n_perm=199).mmd
+    for level in (0.05, 0.2, 0.5):
+        assert abs(float((p <= level).double().mean()) - level) < 4 * (level * (1 - level) / 2000) ** 0.5 + 0.01
+
+
 def test_draws_are_the_single_tests():
     x = sample(40, 6)
     x[30:] += 1
