@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import foolbox
 import numpy as np
 import pytest
 import torch
@@ -232,6 +233,32 @@ def test_cw_linf_targets_are_uniform_over_the_other_classes_and_follow_the_seed(
 
 
 # What every attack promises
+
+
+def test_fgsm_and_pgd_are_foolbox_s(victim, test_digits):
+    """Rauber et al.'s library, no random start: one image but where a gradient is all but zero, whose sign is rounding."""
+    images, labels = (part[:40] for part in test_digits)
+    model = foolbox.PyTorchModel(victim.eval(), bounds=(0, 1), device="cpu")
+    theirs = foolbox.attacks.LinfFastGradientAttack()(model, images, labels, epsilons=0.05)[1]
+    assert ((theirs - fgsm(victim, images, labels, eps=0.05)).abs() < 1e-6).double().mean() > 0.99
+    attack = foolbox.attacks.LinfProjectedGradientDescentAttack(abs_stepsize=0.002, steps=50, random_start=False)
+    theirs = attack(model, images, labels, epsilons=0.02)[1]
+    ours = pgd(victim, images, labels, eps=0.02, step=0.002, n_steps=50, random_start=False)
+    assert ((theirs - ours).abs() < 1e-5).double().mean() > 0.98
+    assert accuracy(victim, theirs, labels) == accuracy(victim, ours, labels)
+
+
+def test_cw_l2_is_foolbox_s(victim, test_digits):
+    """One search step of theirs at our constant; they look at one iterate fewer."""
+    images, labels = (part[:40] for part in test_digits)
+    model = foolbox.PyTorchModel(victim.eval(), bounds=(0, 1), device="cpu")
+    settings = dict(binary_search_steps=1, steps=50, stepsize=0.03, initial_const=3.0, abort_early=False)
+    _, theirs, found = foolbox.attacks.L2CarliniWagnerAttack(**settings)(model, images, labels, epsilons=None)
+    ours = cw_l2(victim, images, labels, c=3.0, lr=0.03, n_steps=49)
+    mine = victim(ours).argmax(1) != labels
+    assert found.sum() > 10 and (found == mine).double().mean() > 0.95
+    both = found & mine
+    assert torch.allclose(l2(theirs - images)[both], l2(ours - images)[both], rtol=0.02)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
