@@ -207,9 +207,9 @@ def _torchvision_set(class_name: str, split: Mapping[str, Any]) -> Callable[[Pat
 
 
 def _cifar10_1(version: str, n_images: int) -> Callable[[Path, str, bool], ImageSet]:
-    def load(folder: Path, name: str, _: bool) -> ImageSet:
+    def load(folder: Path, name: str, download: bool) -> ImageSet:
         files = [folder / "cifar10.1" / f"cifar10.1_{version}_{part}.npy" for part in ("data", "labels")]
-        images, labels = (np.load(_existing(file), allow_pickle=False) for file in files)
+        images, labels = (np.load(_published(file, download), allow_pickle=False) for file in files)
         if images.shape != (n_images, 32, 32, 3) or images.dtype != np.uint8 or labels.shape != (n_images,):
             raise ValueError(
                 f"found {images.shape} {images.dtype} and {len(labels)} labels, expected ({n_images}, 32, 32, 3) uint8"
@@ -217,6 +217,27 @@ def _cifar10_1(version: str, n_images: int) -> Callable[[Path, str, bool], Image
         return ImageSet(name, _rgb(images), torch.from_numpy(labels).long())
 
     return load
+
+
+CIFAR10_1 = "https://github.com/modestyachts/CIFAR-10.1/raw/master/datasets/"
+CIFAR10_1_SHA256 = {  # as TensorFlow Datasets publishes them
+    "cifar10.1_v4_data.npy": "5aaedc268df8f4cffca2ac0cf9e608ae1897a8cddb630c7a850a2ea8f6558e75",
+    "cifar10.1_v4_labels.npy": "1f9544300ded199539b6662364ce7fe6c2e1ea9f87408f06db4b1a6184cffb18",
+    "cifar10.1_v6_data.npy": "2997188e5816f5bd545dc77771b6227828c28146049fcecf3fa10775474cacc6",
+    "cifar10.1_v6_labels.npy": "ae40beda001693674edc94d925ee8268cfe68905f8f9aff800c8dcdfcd6c9448",
+}
+
+
+def _published(file: Path, download: bool) -> Path:
+    """A file of CIFAR-10.1, brought first if asked for; refused when it is not the published one, byte for byte."""
+    expected = CIFAR10_1_SHA256[file.name]
+    if download and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(CIFAR10_1 + file.name, str(file), hash_prefix=expected)
+    found = hashlib.sha256(_existing(file).read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(f"{file.name}: found sha256 {found[:16]}…, expected {expected[:16]}…")
+    return file
 
 
 def _archive(path: str, labels: str | None) -> Callable[[Path, str, bool], ImageSet]:
@@ -227,7 +248,13 @@ def _archive(path: str, labels: str | None) -> Callable[[Path, str, bool], Image
     return load
 
 
-def _mnist(folder: Path, name: str, _: bool) -> ImageSet:
+def _mnist(folder: Path, name: str, download: bool) -> ImageSet:
+    if download and not (folder / "mnist").exists():
+        from torchvision import datasets
+        from torchvision.datasets.utils import download_url
+
+        for file, md5 in datasets.MNIST.resources[2:]:  # the test set's images and labels
+            download_url(datasets.MNIST.mirrors[0] + file, folder / "mnist", md5=md5)
     raw = gzip.decompress(_existing(folder / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress(_existing(folder / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
     if hashlib.md5(raw).hexdigest() != MNIST_MD5:
@@ -321,8 +348,7 @@ class _Source:
     downloads: bool = False
 
 
-_TORCHVISION = "run `python -m cadetlib.data download {name}`"
-_GITHUB = "take datasets/{file}_data.npy and {file}_labels.npy of github.com/modestyachts/CIFAR-10.1 and put them into cifar10.1/"
+_DOWNLOAD = "run `python -m cadetlib.data download {name}`"
 _BY_HAND = "put it there; it is a small cut of a public set, and the full set goes by another name"
 SOURCES: dict[str, _Source] = {
     "digits": _Source(_digits, "install scikit-learn"),
@@ -331,15 +357,15 @@ SOURCES: dict[str, _Source] = {
     "digits-first-writers": _Source(_digits_writers(True), "install scikit-learn"),
     "digits-last-writers": _Source(_digits_writers(False), "install scikit-learn"),
     "digits-7-to-9": _Source(_digits_unseen, "install scikit-learn"),
-    "cifar10-train": _Source(_torchvision_set("CIFAR10", {"train": True}), _TORCHVISION, True),
-    "cifar10-test": _Source(_torchvision_set("CIFAR10", {"train": False}), _TORCHVISION, True),
-    "cifar10.1-v6": _Source(_cifar10_1("v6", 2000), _GITHUB.format(file="cifar10.1_v6")),
-    "cifar10.1-v4": _Source(_cifar10_1("v4", 2021), _GITHUB.format(file="cifar10.1_v4")),
-    "cifar100-test": _Source(_torchvision_set("CIFAR100", {"train": False}), _TORCHVISION, True),
+    "cifar10-train": _Source(_torchvision_set("CIFAR10", {"train": True}), _DOWNLOAD, True),
+    "cifar10-test": _Source(_torchvision_set("CIFAR10", {"train": False}), _DOWNLOAD, True),
+    "cifar10.1-v6": _Source(_cifar10_1("v6", 2000), _DOWNLOAD, True),
+    "cifar10.1-v4": _Source(_cifar10_1("v4", 2021), _DOWNLOAD, True),
+    "cifar100-test": _Source(_torchvision_set("CIFAR100", {"train": False}), _DOWNLOAD, True),
     "cifar100-first2000": _Source(_archive("cifar100/cifar100_test_first2000.npz", "fine_labels"), _BY_HAND),
-    "svhn-test": _Source(_torchvision_set("SVHN", {"split": "test"}), _TORCHVISION, True),
+    "svhn-test": _Source(_torchvision_set("SVHN", {"split": "test"}), _DOWNLOAD, True),
     "svhn-first1083": _Source(_archive("svhn/svhn_train_first1083.npz", None), _BY_HAND),
-    "mnist-test": _Source(_mnist, "put t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz into mnist/"),
+    "mnist-test": _Source(_mnist, _DOWNLOAD, True),
     "flowers64": _Source(_folder("flowers64", 64), _BY_HAND),
     **{name: _Source(_files(expected), expected.get) for name, expected in imagenet.SETS.items()},
 }

@@ -169,9 +169,9 @@ def cifar10_1(root, images, labels):
     np.save(root / "cifar10.1" / "cifar10.1_v6_labels.npy", labels)
 
 
-def cifar10_1_of_other_shape(root):
-    cifar10_1(root, np.zeros((2021, 32, 32, 3), np.uint8), np.zeros(2000, np.int64))
-    return "cifar10.1-v6", r"found \(2021, 32, 32, 3\) uint8 and 2000 labels, expected \(2000, 32, 32, 3\)"
+def other_cifar10_1(root):
+    cifar10_1(root, np.zeros((2000, 32, 32, 3), np.uint8), np.zeros(2000, np.int64))
+    return "cifar10.1-v6", r"cifar10.1_v6_data.npy: found sha256 [0-9a-f]+…, expected 2997188e5816f5bd"
 
 
 def mnist(root, images, labels=b"12345678\x01\x02"):
@@ -190,7 +190,7 @@ def truncated_mnist(root):
 
 
 @pytest.mark.parametrize(
-    "damage", [truncated_archive, other_archive, pickled_archive, cifar10_1_of_other_shape, other_mnist, truncated_mnist]
+    "damage", [truncated_archive, other_archive, pickled_archive, other_cifar10_1, other_mnist, truncated_mnist]
 )
 def test_damaged_and_foreign_files_are_refused(root, damage):
     name, message = damage(root)
@@ -203,6 +203,8 @@ def test_small_sets_are_read_as_they_are_written(root, monkeypatch):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(2000, 32, 32, 3), dtype=np.uint8), rng.integers(10, size=2000)
     cifar10_1(root, images, labels)
+    files = sorted((root / "cifar10.1").iterdir())
+    monkeypatch.setattr(data, "CIFAR10_1_SHA256", {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
     found = data.load("cifar10.1-v6")
     assert torch.equal(found.images, torch.from_numpy(images).permute(0, 3, 1, 2)) and found.labels.tolist() == labels.tolist()
 
@@ -218,6 +220,22 @@ def test_small_sets_are_read_as_they_are_written(root, monkeypatch):
     found = data.load("mnist-test")
     assert found.labels.tolist() == [7, 2, 1] and found.images.shape == (3, 3, 32, 32)
     assert torch.equal(found.images[:, 1, 2:30, 2:30], torch.from_numpy(numbers)) and int(found.images[..., :2].sum()) == 0
+
+
+def test_cifar10_1_is_brought_when_asked_for_and_compared(root, monkeypatch):
+    """The published files cannot be had here: torch's download is asked for the right ones, with the right digests."""
+    asked = {}
+
+    def bring(url, path, hash_prefix):
+        asked[url.rpartition("/")[2]] = hash_prefix
+        np.save(path, np.zeros(3))
+
+    monkeypatch.setattr(data.torch.hub, "download_url_to_file", bring)
+    with pytest.raises(ValueError, match="found sha256"):
+        data.load("cifar10.1-v4", download=True)
+    assert asked == {"cifar10.1_v4_data.npy": data.CIFAR10_1_SHA256["cifar10.1_v4_data.npy"]}
+    with pytest.raises(FileNotFoundError, match=r"data download cifar10\.1-v6"):
+        data.load("cifar10.1-v6")
 
 
 # --- folders --------------------------------------------------------------------------------------------------------------
@@ -397,7 +415,7 @@ def test_only_download_downloads_and_only_what_it_can(monkeypatch, root):
 
     asked = []
     monkeypatch.setattr("torchvision.datasets.CIFAR10", CIFAR10)
-    assert data.main(["check", "cifar10-train"]) == data.main(["download", "cifar10-test", "mnist-test", "digits"]) == 1
+    assert data.main(["check", "cifar10-train"]) == data.main(["download", "cifar10-test", "flowers64", "digits"]) == 1
     assert asked == [(root, True, False), (root, False, True)]
 
 
