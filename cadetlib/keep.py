@@ -1,6 +1,6 @@
-"""Keep what a profile's run gave, small enough for git: results, figures, the report and, as float16, the contrastive encoder.
+"""Keep what a profile's run gave, small enough for git: results, figures and the report; or its encoder, as float16.
 
-    python -m cadetlib.keep PROFILE [--encoder-only]        from outputs/PROFILE to outputs/reference/PROFILE
+    python -m cadetlib.keep PROFILE [--encoder]        from outputs/PROFILE to outputs/reference/PROFILE
 
 An encoder that is kept is what notebook 01 offers to those who have not trained one. Its float16 weights are not quite the
 trained ones, so: keep the encoder first, run the notebooks with it, then keep their results.
@@ -51,14 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m cadetlib.keep", description="Keep what a profile's run gave.")
     parser.add_argument("profile")
-    parser.add_argument("--encoder-only", action="store_true", help="keep the encoder and leave the results as they are")
+    parser.add_argument("--encoder", action="store_true", help="keep the contrastive encoder, and leave the results as they are")
     chosen = parser.parse_args(arguments)
     folder, kept = record.output_folder(chosen.profile), record.checkout() / "outputs" / "reference" / chosen.profile
-    files = [] if chosen.encoder_only else keep_results(folder, kept)
-    trained = record.load(folder / "01_pretraining.json")[0]["encoders"]["contrastive"]
-    run = (folder / trained).parent
-    if not run.name.endswith("-kept"):
-        files.append(keep_encoder(run, kept / "pretraining" / "contrastive"))
+    if chosen.encoder:
+        trained = record.load(folder / "01_pretraining.json")[0]["encoders"]["contrastive"]
+        files = [keep_encoder((folder / trained).parent, kept / "pretraining" / "contrastive")]
+    else:
+        files = keep_results(folder, kept)
     for name in too_large(files):
         print(f"too large for git: {name}", file=sys.stderr)
     print(f"kept {len(files)} files in {kept}")
