@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import nn
 
-from cadetlib import data, encoders, keep, pretrain
+from cadetlib import data, encoders, keep, parameters, pretrain
 from cadetlib.pretrain import Settings
 
 TINY = dict(
@@ -353,6 +353,19 @@ def test_snapshots_are_the_encoder_on_its_way(mild):
     last = encoders.load_encoder(mild / "encoder.safetensors").state_dict()
     assert all(torch.allclose(last[k].float(), second[k].float(), rtol=1e-3, atol=1e-6) for k in last)
     assert not torch.allclose(first["conv1.weight"], second["conv1.weight"], rtol=1e-3)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("profile", ["cifar10", "cifar10-resnet50"])
+@pytest.mark.parametrize("objective", ["contrastive", "supervised"])
+def test_profiles_for_a_gpu_take_two_steps_anywhere(profile, objective, tmp_path):
+    """Their own settings but for the size of a batch: the network, optimizer, precision and views that nobody has run here."""
+    if not (data.root() / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 below the data root {data.root()}: set CADET_DATA, or download cifar10-test")
+    given = parameters.read_yaml(Path(pretrain.__file__).parents[1] / "params" / profile / "01_pretraining.yaml")
+    small = dict(output=str(tmp_path), data="cifar10-test", batch_size=8, max_steps=2, knn_every=0, log_every=1)
+    assert pretrain.train(replace(pretrain.settings_from(given, objective), **small)) == 0
+    assert steps_logged(tmp_path) == [1, 2]
 
 
 # --- an encoder that the project keeps ------------------------------------------------------------------------------------

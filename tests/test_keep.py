@@ -1,0 +1,41 @@
+"""What is kept is what verified, and small enough for git."""
+
+import pytest
+
+from cadetlib import keep, record
+
+
+@pytest.fixture
+def folder(checkout, write_notebook):
+    """A results folder with one result, one figure and a report."""
+    write_notebook("02_tables")
+    run = record.start("02_tables", {"profile": "tiny"})
+    run.save(rows=[1, 2])
+    (run.folder / "figures").mkdir()
+    (run.folder / "figures" / "02_a.png").write_bytes(b"picture")
+    (run.folder / "figures" / "02_a.svg").write_bytes(b"larger picture")
+    (run.folder / "report.html").write_text("report")
+    (run.folder / "images.safetensors").write_bytes(b"too large to keep")
+    return run.folder
+
+
+def test_results_figures_and_report_are_kept_and_nothing_else(checkout, folder, capsys):
+    assert keep.main(["tiny"]) == 0
+    kept = checkout / "outputs" / "reference" / "tiny"
+    files = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
+    assert files == ["02_tables.json", "figures/02_a.png", "report.html"]
+    assert record.load(kept / "02_tables.json")[0] == {"rows": [1, 2]}
+    assert "kept 3 files" in capsys.readouterr().out
+
+
+def test_a_damaged_result_is_not_kept(checkout, folder):
+    path = folder / "02_tables.json"
+    path.write_text(path.read_text().replace("[1, 2]", "[1, 3]").replace("[1,2]", "[1,3]"))
+    with pytest.raises(ValueError, match=r"02_tables\.json"):
+        keep.main(["tiny"])
+
+
+def test_what_git_should_not_hold_is_named(checkout, folder, capsys):
+    (folder / "report.html").write_bytes(bytes(3 * 2**20 + 1))
+    assert keep.main(["tiny"]) == 1
+    assert "too large for git: report.html: 3.0 MiB" in capsys.readouterr().err
