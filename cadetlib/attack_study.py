@@ -95,6 +95,7 @@ class AtLayer(nn.Module):
             )
         checks.one_of(layer, "layer", [f"layer{i}" for i in range(1, 5)])
         self.encoder, self.n_stages, self.image_size = encoder, int(layer[-1]), encoder.image_size
+        self.config = encoder.config | dict(layer=layer)  # tells it apart from another stage of the same weights
 
     def forward(self, images: Tensor) -> Tensor:
         e = self.encoder
