@@ -58,7 +58,7 @@ def pgd(
     _check_steps(n_steps, eps=eps, step=step)
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
-        low, high = _linf_box(x, eps)
+        low, high = linf_box(x, eps)
         moved = x
         if random_start:
             draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_START]), x[0].numel())
@@ -67,7 +67,7 @@ def pgd(
             moved = moved.detach().requires_grad_()
             # In float64, since 1 - p(label) rounds to 0 in float32 and would hide the gradient of a confident victim.
             loss = F.cross_entropy(encode(classifier, moved, "classifier").double(), y, reduction="sum")
-            moved = (moved + step * _gradient(loss, moved).sign()).clamp(low, high)
+            moved = (moved + step * input_gradient(loss, moved).sign()).clamp(low, high)
         return moved.detach()
 
     return _in_batches(perturb, classifier, images, labels, batch_size)
@@ -114,7 +114,7 @@ def cw_l2(
     Pixels of exactly 0 or 1 hardly move, since the tanh is flat there. Images, labels, result and errors as for `fgsm`.
     """
     _check_steps(n_steps, c=c, lr=lr)
-    _not_negative(confidence, "confidence")
+    checks.not_negative(confidence, "confidence")
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
         w = torch.atanh((2 * x - 1) * _INSIDE).requires_grad_()
@@ -127,7 +127,7 @@ def cw_l2(
             nearer = ((lead < -confidence) & (distance < shortest)).detach()
             shortest = torch.where(nearer, distance, shortest).detach()
             nearest = torch.where(nearer.view(-1, 1, 1, 1), candidate, nearest).detach()
-            w.grad = _gradient((distance + c * lead.clamp(min=-confidence)).sum(), w)
+            w.grad = input_gradient((distance + c * lead.clamp(min=-confidence)).sum(), w)
             optimizer.step()
         return nearest
 
@@ -155,7 +155,7 @@ def cw_l2_ball(
         for _ in range(n_steps):
             moved = moved.detach().requires_grad_()
             lead = _lead(classifier, moved, y)
-            gradient = _gradient(lead.sum(), moved)
+            gradient = input_gradient(lead.sum(), moved)
             change = moved.detach() - lr * gradient / _l2(gradient).clamp(min=1e-12) - x
             moved = (x + change * (eps / _l2(change).clamp(min=eps))).clamp(0, 1)  # clamping brings it nearer to x, not out
         return moved.detach()
@@ -181,16 +181,16 @@ def cw_linf(
     errors as for `fgsm`. The defaults are those of Hu et al.'s program.
     """
     _check_steps(n_steps, eps=eps, lr=lr)
-    _not_negative(margin, "margin")
+    checks.not_negative(margin, "margin")
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
-        low, high = _linf_box(x, eps)
-        target = _random_targets(x, y, encode(classifier, x[:1], "classifier").shape[1], seed)
+        low, high = linf_box(x, eps)
+        target = random_targets(x, y, encode(classifier, x[:1], "classifier").shape[1], seed)
         moved = x.clone().requires_grad_()
         optimizer = torch.optim.Adam([moved], lr=lr)
         for _ in range(n_steps):
             lead = _lead(classifier, moved, target)
-            moved.grad = _gradient((margin - lead).clamp(min=0).sum(), moved)
+            moved.grad = input_gradient((margin - lead).clamp(min=0).sum(), moved)
             optimizer.step()
             with torch.no_grad():
                 moved.clamp_(low, high)
@@ -211,13 +211,13 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
 def accuracy(classifier: nn.Module, images: Any, labels: Any, batch_size: int = 512) -> float:
     """Share of images (N, 3, H, W), uint8 or [0, 1], whose largest logit is their label's (N,); wrong input raises ValueError."""
     x = checks.images(images)
-    y = _labels(labels, len(x))
+    y = checks.labels(labels, len(x))
     checks.at_least(batch_size, "batch_size", 1)
     n_correct = 0
-    with _evaluating(classifier) as device, torch.no_grad():
+    with evaluating(classifier) as device, torch.no_grad():
         for some, their_labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = encode(classifier, some.to(device), "classifier")
-            n_correct += int((logits.argmax(dim=1) == _in_range(their_labels, logits.shape[1]).to(device)).sum())
+            n_correct += int((logits.argmax(dim=1) == checks.in_classes(their_labels, logits.shape[1]).to(device)).sum())
     return n_correct / len(x)
 
 
@@ -226,10 +226,10 @@ def _in_batches(
 ) -> Tensor:
     """perturb(images, labels), batch by batch on the classifier's device, gathered on the device of the images."""
     x = checks.images(images).detach()
-    y = _labels(labels, len(x))
+    y = checks.labels(labels, len(x))
     checks.at_least(batch_size, "batch_size", 1)
-    with _evaluating(classifier) as device:
-        _in_range(y, _n_classes(classifier, x[:1].to(device, copy=True)))
+    with evaluating(classifier) as device:
+        checks.in_classes(y, count_classes(classifier, x[:1].to(device, copy=True)))
         attacked = torch.empty_like(x)
         for start in range(0, len(x), batch_size):
             part = slice(start, start + batch_size)
@@ -239,8 +239,18 @@ def _in_batches(
 
 
 @contextmanager
-def _evaluating(classifier: nn.Module) -> Iterator[torch.device]:
-    """Eval mode with gradients, whatever surrounds the call; afterwards every submodule is in the mode it was in."""
+def evaluating(classifier: nn.Module) -> Iterator[torch.device]:
+    """Eval mode with gradients, whatever surrounds the call; afterwards every submodule is in the mode it was in.
+
+    The context gives the classifier's device; ValueError for what is no module.
+
+    >>> classifier = nn.Dropout()
+    >>> with torch.no_grad(), evaluating(classifier) as device:
+    ...     print(classifier.training, torch.is_grad_enabled(), device)
+    False True cpu
+    >>> classifier.training
+    True
+    """
     if not isinstance(classifier, nn.Module):
         raise ValueError(f"classifier: found {type(classifier).__name__}, expected a torch.nn.Module from images to logits")
     modes = {module: module.training for module in classifier.modules()}
@@ -253,9 +263,21 @@ def _evaluating(classifier: nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
-def _n_classes(classifier: nn.Module, image: Tensor) -> int:
-    """The number of logits for image (1, 3, H, W); refused when it is below two or when no gradient leads back to the image."""
-    logits = encode(classifier, image.requires_grad_(), "classifier")
+def count_classes(classifier: nn.Module, image: Tensor) -> int:
+    """The number of logits for image (1, 3, H, W) float, which is made to require a gradient.
+
+    ValueError when the classifier fails on it, when there are fewer than two, or when no gradient leads back to the image.
+
+    >>> count_classes(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
+    2
+    """
+    try:
+        logits = encode(classifier, image.requires_grad_(), "classifier")
+    except RuntimeError as error:
+        raise ValueError(
+            f"classifier: found {type(classifier).__name__}, which fails on an image {tuple(image.shape[1:])} ({error}), "
+            "expected a cadetlib.encoders.Classifier for images of this size, or another module from images to logits"
+        ) from error
     if logits.shape[1] < 2:
         raise ValueError(f"classifier: returned {logits.shape[1]} logit per image, expected one per class, at least 2")
     if not logits.requires_grad or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None:
@@ -265,23 +287,6 @@ def _n_classes(classifier: nn.Module, image: Tensor) -> int:
     return logits.shape[1]
 
 
-def _labels(labels: Any, n_images: int) -> Tensor:
-    """Labels (n_images,) of any integer type -> int64."""
-    y = checks.as_tensor(labels, "labels")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels: found dtype {y.dtype}, expected integers")
-    if y.shape != (n_images,):
-        raise ValueError(f"labels: found shape {tuple(y.shape)}, expected ({n_images},), one per image")
-    return y.long()
-
-
-def _in_range(labels: Tensor, n_classes: int) -> Tensor:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= n_classes:
-        raise ValueError(f"labels: found {low} to {high}, expected 0 to {n_classes - 1}, the classifier's {n_classes} classes")
-    return labels
-
-
 def _check_steps(n_steps: int, **sizes: float) -> None:
     """At least one step, and sizes (a radius, a step, a weight) that are positive and finite."""
     for name, size in sizes.items():
@@ -289,18 +294,22 @@ def _check_steps(n_steps: int, **sizes: float) -> None:
     checks.at_least(n_steps, "n_steps", 1)
 
 
-def _not_negative(value: float, name: str) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: found {value}, expected a finite number of at least 0")
+def input_gradient(loss: Tensor, at: Tensor) -> Tensor:
+    """The gradient of a scalar loss at a tensor, and nowhere else: none is left on the classifier's parameters.
 
-
-def _gradient(loss: Tensor, at: Tensor) -> Tensor:
-    """The gradient of a scalar loss at a tensor, and nowhere else: none is left on the classifier's parameters."""
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> input_gradient(x.square().sum(), x), x.grad
+    (tensor([2., 4.]), None)
+    """
     return checks.finite(torch.autograd.grad(loss, at)[0], "classifier's gradients")
 
 
-def _linf_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Lowest and highest images within eps of x at every pixel and within [0, 1]."""
+def linf_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Lowest and highest images within eps of x at every pixel and within [0, 1].
+
+    >>> linf_box(torch.tensor([0.0, 0.5]), eps=0.25)
+    (tensor([0.0000, 0.2500]), tensor([0.2500, 0.7500]))
+    """
     return (x - eps).clamp(min=0), (x + eps).clamp(max=1)
 
 
@@ -316,7 +325,11 @@ def _lead(classifier: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(1, classes[:, None])[:, 0] - others
 
 
-def _random_targets(x: Tensor, labels: Tensor, n_classes: int, seed: int) -> Tensor:
-    """A class other than the label for each image, uniform, a function of (seed, pixels): (N,) int64."""
+def random_targets(x: Tensor, labels: Tensor, n_classes: int, seed: int) -> Tensor:
+    """A class other than the label for each image, uniform, a function of (seed, pixels): (N,) int64.
+
+    >>> random_targets(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 0, 1]), n_classes=2, seed=0)
+    tensor([1, 0, 1, 0])
+    """
     draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_TARGET]), 1).flatten().double()
     return (labels + 1 + (draws * (n_classes - 1)).long()) % n_classes

@@ -198,7 +198,7 @@ class CADet:
 
     def fingerprint(self) -> str:
         """sha256 of all that determines a p-value besides the image: encoder, settings and what was fitted."""
-        return encoders._digest(self._fitted(), self.settings() | {"encoder": encoders.fingerprint(self.encoder)})
+        return encoders.weights_digest(self._fitted(), self.settings() | {"encoder": encoders.fingerprint(self.encoder)})
 
     def save(self, path: str | Path, encoder_name: str = "") -> None:
         """Write the fitted detector (not its encoder, but `encoder_name`, for `load_encoder`) as safetensors, atomically."""

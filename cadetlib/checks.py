@@ -5,6 +5,7 @@ Each check returns the value it checked, so that it reads as one step of a compu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,10 +67,49 @@ def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
     return x.float()
 
 
+def labels(values: Any, n_images: int) -> Tensor:
+    """Labels (n_images,) of any integer type -> int64.
+
+    >>> labels([2, 0], n_images=2)
+    tensor([2, 0])
+    """
+    y = as_tensor(values, "labels")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"labels: found dtype {y.dtype}, expected integers")
+    if y.shape != (n_images,):
+        raise ValueError(f"labels: found shape {tuple(y.shape)}, expected ({n_images},), one per image")
+    return y.long()
+
+
+def in_classes(labels: Tensor, n_classes: int) -> Tensor:
+    """Labels (N,) int64, each of which is one of a classifier's classes, 0 to n_classes - 1.
+
+    >>> in_classes(torch.tensor([0, 3]), n_classes=3)
+    Traceback (most recent call last):
+    ValueError: labels: found 0 to 3, expected 0 to 2, the classifier's 3 classes
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(f"labels: found {low} to {high}, expected 0 to {n_classes - 1}, the classifier's {n_classes} classes")
+    return labels
+
+
 def in_open_interval(value: float, name: str, low: float = 0.0, high: float = 1.0) -> float:
     """A number strictly between `low` and `high`."""
     if not low < value < high:
         raise ValueError(f"{name}: found {value}, expected a number between {low} and {high}, both excluded")
+    return float(value)
+
+
+def not_negative(value: float, name: str) -> float:
+    """A finite number of at least 0.
+
+    >>> not_negative(-0.1, "step")
+    Traceback (most recent call last):
+    ValueError: step: found -0.1, expected a finite number of at least 0
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: found {value}, expected a finite number of at least 0")
     return float(value)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cadetlib import checks, metrics
-from cadetlib.attacks import _evaluating, _in_range, _labels, _not_negative
+from cadetlib.attacks import evaluating
 from cadetlib.embed import embed
 from cadetlib.encoders import encode
 from cadetlib.hu import Hu, HuSelfCalibrated
@@ -525,11 +525,11 @@ def odin_scores(
     temperature and step > 0 remains.
     """
     for step, temperature in [(step, temperature) for step in steps for temperature in temperatures]:
-        _not_negative(step, "step")
+        checks.not_negative(step, "step")
         checks.in_open_interval(temperature, "temperature", high=math.inf)
     x = checks.as_tensor(images, "images")
     checks.at_least(len(x), "number of images", 1)
-    with _evaluating(classifier) as device:
+    with evaluating(classifier) as device:
         parts = [
             _odin_grid(classifier, checks.images(batch.to(device, copy=True)), temperatures, steps).cpu()
             for batch in x.split(checks.at_least(batch_size, "batch_size", 1))
@@ -631,8 +631,8 @@ def _check_labels(labels: Any, n: int, head: nn.Linear | None, needed: bool, nam
         if needed:
             raise ValueError(f"labels: found None, expected ({n},) integers, which {name} needs")
         return None
-    y = _labels(labels, n)
-    return _in_range(y, int(y.max()) + 1 if head is None else head.out_features)
+    y = checks.labels(labels, n)
+    return checks.in_classes(y, int(y.max()) + 1 if head is None else head.out_features)
 
 
 def _check_scores(scores: Tensor, n: int, name: str) -> Tensor:

@@ -169,10 +169,10 @@ def device_of(module: nn.Module) -> torch.device:
 def fingerprint(module: nn.Module) -> str:
     """sha256 of a module's weights and buffers: names, shapes and values, as float32 and without where they are."""
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    return _digest(tensors, getattr(module, "config", {}))
+    return weights_digest(tensors, getattr(module, "config", {}))
 
 
-def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+def weights_digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """sha256 of tensors, byte for byte, with their names, types and shapes, and of what is said about them."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
@@ -204,7 +204,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": kind} | {k: str(v) for k, v in about.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata | {"sha256": _digest(tensors, metadata)})
+    save_file(tensors, temporary, metadata | {"sha256": weights_digest(tensors, metadata)})
     temporary.replace(path)
     return path
 
@@ -225,7 +225,7 @@ def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], di
     if metadata.get("format") != kind:
         raise ValueError(f"{path.name}: found format {metadata.get('format')!r}, expected {kind!r}, written by this library")
     digest = metadata.pop("sha256", None)
-    if digest is not None and digest != _digest(tensors, metadata):
+    if digest is not None and digest != weights_digest(tensors, metadata):
         raise ValueError(f"{path.name}: found content that does not match its digest, expected an undamaged file; make it anew")
     return tensors, metadata
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cadetlib import checks, rng
-from cadetlib.attacks import _evaluating, _gradient, _labels, _linf_box, _n_classes, _random_targets
+from cadetlib.attacks import count_classes, evaluating, input_gradient, linf_box, random_targets
 from cadetlib.cadet import p_values
 from cadetlib.encoders import encode
 from cadetlib.metrics import auroc
@@ -69,7 +69,7 @@ def noise_distance(classifier: nn.Module, images: Any, sigma: float = 0.01, seed
     checks.in_open_interval(sigma, "sigma", high=math.inf)
     checks.at_least(batch_size, "batch_size", 1)
     distances = []
-    with _evaluating(classifier) as device, torch.no_grad():
+    with evaluating(classifier) as device, torch.no_grad():
         for some in x.split(batch_size):
             part = some.to(device)
             clean, noisy = (_probabilities(classifier, at) for at in (part, part + sigma * _gaussian(part, seed)))
@@ -103,14 +103,14 @@ def steps_to_leave(
     cap = checks.at_least((200 if targeted else 1000) if cap is None else cap, "cap", 1)
     checks.in_open_interval(radius, "radius", high=math.inf)
     checks.at_least(batch_size, "batch_size", 1)
-    with _evaluating(classifier) as device:
-        n_classes = _n_classes(classifier, x[:1].to(device, copy=True))
+    with evaluating(classifier) as device:
+        n_classes = count_classes(classifier, x[:1].to(device, copy=True))
 
         def begin(place: Tensor) -> _Walkers:
             start = x[place.to(x.device)].to(device, copy=True)
             away = torch.zeros(len(start), dtype=torch.long, device=device)
-            offset = _random_targets(start, away, n_classes, seed) if targeted else away
-            low, high = _linf_box(start, radius)
+            offset = random_targets(start, away, n_classes, seed) if targeted else away
+            low, high = linf_box(start, radius)
             return _Walkers(place.to(device), away, start, low, high, predicted=away, offset=offset)
 
         return _walk(classifier, begin, len(x), -lr if targeted else lr, cap, batch_size)
@@ -184,12 +184,13 @@ class _HuDetector(ABC):
 
     n_calibration: of the images given to `fit`, so many at most are measured, drawn evenly as a function of the seed, for
     a clean image may take thousands of passes. Give `fit` clean images that the classifier was not trained on: of its own
-    training images it is surer than of any others. After `fit`: classifier, calibration_ (their Criteria). forward_passes:
-    what `score_samples` last cost per image, see the function of that name; not a number before.
+    training images it is surer than of any others. After `fit`: classifier, calibration_ (their Criteria). forwards: what
+    `score_samples` last cost per image in forward passes, by `forward_passes`, for walks differ in length; nan before.
     """
 
     post_hoc = False
     needs_logits = True
+    needs_labels = False
     tuned_on_anomalies = False
 
     def __init__(
@@ -213,7 +214,7 @@ class _HuDetector(ABC):
         self.seed = seed
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
         self.n_calibration = checks.at_least(n_calibration, "n_calibration", 2)
-        self.forward_passes = math.nan
+        self.forwards = math.nan
 
     def settings(self) -> dict[str, Any]:
         """The keywords of `criteria`."""
@@ -221,10 +222,15 @@ class _HuDetector(ABC):
         return {name: getattr(self, name) for name in names}
 
     def fit(self, classifier: nn.Module, images: Any, labels: Any = None) -> Self:
-        """Learn the criteria of clean images (N, 3, H, W), uint8 or [0, 1]; labels are checked if given, and not used."""
+        """Learn the criteria of clean images (N, 3, H, W), uint8 or [0, 1]; labels are checked if given, and not used.
+
+        ValueError when the classifier is no module from such images to logits that gradients pass through.
+        """
         x = checks.images(images, at_least=2)
         if labels is not None:
-            _labels(labels, len(x))
+            checks.labels(labels, len(x))
+        with evaluating(classifier) as device:
+            count_classes(classifier, x[:1].to(device, copy=True))
         chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[: self.n_calibration]
         return self.fit_criteria(classifier, criteria(classifier, x[chosen.to(x.device)], **self.settings()))
 
@@ -237,7 +243,7 @@ class _HuDetector(ABC):
         """Score of each image, (N,) float64 on the CPU; larger = more in-distribution."""
         self._check_fitted()
         measured = criteria(self.classifier, images, **self.settings())
-        self.forward_passes = float(forward_passes(measured, self.cap_targeted, self.cap_untargeted).mean())
+        self.forwards = float(forward_passes(measured, self.cap_targeted, self.cap_untargeted).mean())
         return self.score_criteria(measured)
 
     @abstractmethod
@@ -422,5 +428,5 @@ def _step(classifier: nn.Module, walkers: _Walkers, rate: float) -> tuple[_Walke
     predicted = torch.where(walkers.taken == 0, now, walkers.predicted)
     # Summed, so that no image's gradient depends on how many walk along.
     loss = F.cross_entropy(logits.double(), (predicted + walkers.offset) % logits.shape[1], reduction="sum")
-    moved = (at + rate * _gradient(loss, at)).detach().clamp(walkers.low, walkers.high)
+    moved = (at + rate * input_gradient(loss, at)).detach().clamp(walkers.low, walkers.high)
     return walkers._replace(at=moved, taken=walkers.taken + 1, predicted=predicted), now != predicted

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -295,53 +296,31 @@ def _classifier_logits(
         return classifier(torch.cat([halves.x_test, halves.y_test]))[:, 0].double()
 
 
-def _c2st(
-    statistic: Callable[[Tensor, int, torch.Generator], TestResult],
+def c2st_test(
     x: Any,
     y: Any,
-    seed: int,
-    n_perm: int,
-    n_epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    image_size: int,
+    seed: int = 0,
+    n_perm: int = 100,
+    n_epochs: int = 1000,
+    batch_size: int = 100,
+    learning_rate: float = 2e-4,
+    image_size: int = 64,
+    statistic: Callable[[Tensor, int, torch.Generator], TestResult] = logit_test,
 ) -> TestResult:
+    """C2ST: can a classifier, trained on one half of x and y, tell the other halves apart?
+
+    x, y: (n, D) embeddings (an MLP D-128-128-300-1) or (n, 3, H, W) images (four convolutions at `image_size`), n >= 4.
+    statistic: `logit_test` (C2ST-L) or `accuracy_test` (C2ST-S); accuracy takes few values, hence its permutation test is
+    conservative in small samples.
+
+    >>> x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    >>> round(c2st_test(x, 3 - x, n_epochs=20).p_value, 2)  # the smallest of 100 permutations
+    0.01
+    """
     _check_training(n_epochs, batch_size, n_perm, image_size)
     generator = torch.Generator().manual_seed(seed)
     halves = _network_inputs(split_halves(x, y, generator), image_size)
     return statistic(_classifier_logits(halves, n_epochs, batch_size, learning_rate, seed, generator), n_perm, generator)
-
-
-def c2st_s_test(
-    x: Any,
-    y: Any,
-    seed: int = 0,
-    n_perm: int = 100,
-    n_epochs: int = 1000,
-    batch_size: int = 100,
-    learning_rate: float = 2e-4,
-    image_size: int = 64,
-) -> TestResult:
-    """C2ST-S: can a classifier, trained on one half of x and y, tell the other halves apart? Its accuracy is the statistic.
-
-    x, y: (n, D) embeddings (an MLP D-128-128-300-1) or (n, 3, H, W) images (four convolutions at `image_size`), n >= 4.
-    Accuracy takes few values, hence its permutation test is conservative in small samples.
-    """
-    return _c2st(accuracy_test, x, y, seed, n_perm, n_epochs, batch_size, learning_rate, image_size)
-
-
-def c2st_l_test(
-    x: Any,
-    y: Any,
-    seed: int = 0,
-    n_perm: int = 100,
-    n_epochs: int = 1000,
-    batch_size: int = 100,
-    learning_rate: float = 2e-4,
-    image_size: int = 64,
-) -> TestResult:
-    """C2ST-L: as `c2st_s_test`, with the difference of the classifier's mean logits as the statistic."""
-    return _c2st(logit_test, x, y, seed, n_perm, n_epochs, batch_size, learning_rate, image_size)
 
 
 # --- MMD-D --------------------------------------------------------------------------------------------------------------
@@ -477,8 +456,8 @@ def clean_mmd_test(x: Any, y: Any, seed: int = 0, n_perm: int = 500) -> TestResu
 
 TESTS: dict[str, Callable[..., TestResult | MeanEmbeddingResult]] = {
     "ME": me_test,
-    "C2ST-S": c2st_s_test,
-    "C2ST-L": c2st_l_test,
+    "C2ST-S": partial(c2st_test, statistic=accuracy_test),
+    "C2ST-L": c2st_test,
     "MMD-D": mmd_d_test,
     "MMD": pooled_mmd_test,
     "MMD-CC": clean_mmd_test,

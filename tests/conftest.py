@@ -1,4 +1,4 @@
-"""What several test files share: a checkout of tiny notebooks to run in."""
+"""What several test files share: a checkout of tiny notebooks to run in, and a classifier of digits to attack."""
 
 import os
 
@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
 
 PARAMETERS = 'profile = "tiny"  # the profile\noutput = ""  # folder of the results\n'
 
@@ -53,3 +57,32 @@ def write_notebook(checkout: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """scikit-learn's 1,797 handwritten digits as images (N, 3, 8, 8) in [0, 1], and their labels."""
+    data = load_digits()
+    images = torch.from_numpy(data.images / 16).float()[:, None].expand(-1, 3, -1, -1).contiguous()
+    return images, torch.from_numpy(data.target).long()
+
+
+@pytest.fixture(scope="session")
+def victim(digits) -> nn.Module:
+    """A small convolutional classifier of the digits, in eval mode, trained on the first 1,200. Copy it to change it."""
+    images, labels = digits
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
+            nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(6):
+            for batch in torch.randperm(1200).split(64):
+                loss = F.cross_entropy(net(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    net.zero_grad()
+    return net.eval()

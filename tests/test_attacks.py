@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.datasets import load_digits
 from torch import nn
-from torch.nn import functional as F
 
 from cadetlib import attacks
 from cadetlib.attacks import ATTACKS, accuracy, cw, cw_l2, cw_l2_ball, cw_linf, fgsm, pgd
@@ -39,33 +37,6 @@ def flat(images: torch.Tensor) -> np.ndarray:
 
 def l2(change: torch.Tensor) -> torch.Tensor:
     return change.double().flatten(1).norm(dim=1)
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    data = load_digits()
-    images = torch.from_numpy(data.images / 16).float()[:, None].expand(-1, 3, -1, -1).contiguous()
-    return images, torch.from_numpy(data.target).long()
-
-
-@pytest.fixture(scope="module")
-def victim(digits) -> nn.Module:
-    images, labels = digits
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
-            nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
-        )  # fmt: skip
-        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-        for _ in range(6):
-            for batch in torch.randperm(1200).split(64):
-                loss = F.cross_entropy(net(images[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    net.zero_grad()
-    return net.eval()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cadetlib import detectors
-from cadetlib.detectors import DETECTORS, ODIN, PostHoc, register, tune_odin
+from cadetlib.detectors import DETECTORS, ODIN, Detector, PostHoc, register, tune_odin
 from cadetlib.embed import embed
 from cadetlib.encoders import Classifier, ResNet
 
@@ -396,11 +396,19 @@ def test_wrong_features_labels_and_heads_are_refused(name):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+def test_what_a_table_says_of_a_detector_is_there(name):
+    said = {attribute: getattr(DETECTORS[name](), attribute) for attribute in Detector.__annotations__}
+    assert all(type(value) is type(getattr(Detector, attribute)) for attribute, value in said.items())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_wrong_classifiers_and_images_are_refused(name, plain):
     classifier, images, labels, _ = plain
     for wrong in [(classifier.forward, images, labels), (classifier, images * 2, labels), (classifier, images, labels[:-1])]:
         with pytest.raises(ValueError, match=r"(classifier|images|labels): found"):
             DETECTORS[name]().fit(*wrong)
+    with pytest.raises(ValueError, match=r"classifier: found Linear, .*expected a cadetlib\.encoders\.Classifier"):
+        DETECTORS[name]().fit(nn.Linear(5, 2), images, labels)
     with pytest.raises(ValueError, match=r"found (no|a Hu\w* without)"):
         DETECTORS[name]().score_samples(images)
 

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.nn import functional as F
 
 from cadetlib import hu, rng
-from cadetlib.attacks import _random_targets, accuracy, cw_l2, cw_linf
+from cadetlib.attacks import accuracy, cw_l2, cw_linf, random_targets
 from cadetlib.hu import Criteria, Hu, HuSelfCalibrated, HuTuned, criteria, noise_distance, steps_to_leave, tune_hu
 
 WIDE = dict(sigma=0.1, lr=0.02, lr_untargeted=0.5, radius=0.3, cap_targeted=12, cap_untargeted=20)  # digits leave, most of them
@@ -34,33 +32,6 @@ def linear(weight, bias=None) -> nn.Module:
 
 def pixels(n: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    data = load_digits()
-    images = torch.from_numpy(data.images / 16).float()[:, None].expand(-1, 3, -1, -1).contiguous()
-    return images, torch.from_numpy(data.target).long()
-
-
-@pytest.fixture(scope="module")
-def victim(digits) -> nn.Module:
-    images, labels = digits
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16),
-            nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
-        )  # fmt: skip
-        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-        for _ in range(4):
-            for batch in torch.randperm(1200).split(64):
-                loss = F.cross_entropy(net(images[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    net.zero_grad()
-    return net.eval()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +62,7 @@ def test_steps_equal_a_loop_over_one_image_at_a_time(targeted, victim, some):
 
     def reference(image: torch.Tensor) -> int:
         x, predicted = image.clone(), int(victim(image).argmax())
-        target = _random_targets(image, torch.tensor([predicted]), 10, 3) if targeted else torch.tensor([predicted])
+        target = random_targets(image, torch.tensor([predicted]), 10, 3) if targeted else torch.tensor([predicted])
         for count in range(1, cap):
             x.requires_grad_()
             loss = -torch.log_softmax(victim(x).double(), dim=1)[0, target]
@@ -202,9 +173,9 @@ def test_the_cost_is_what_the_classifier_is_asked(victim, some, measured):
     cost = hu.forward_passes(measured, WIDE["cap_targeted"], WIDE["cap_untargeted"])
     assert sum(passes) - 2 * 3 == cost.sum()  # one image is tried at the start of each walk, to see that it has a gradient
     detector = Hu(**WIDE).fit(victim, some)
-    assert math.isnan(detector.forward_passes)
+    assert math.isnan(detector.forwards)
     detector.score_samples(some[:6])
-    assert detector.forward_passes == pytest.approx(float(cost[:6].mean()))
+    assert detector.forwards == pytest.approx(float(cost[:6].mean()))
 
 
 def test_the_classifier_is_used_in_eval_mode_and_left_as_it_was(victim, some, measured):
