@@ -63,7 +63,13 @@ class Study:
 def attack_at(
     eps: float, names: Sequence[str], victim: nn.Module, images: Tensor, labels: Tensor, cache: Path | None = None
 ) -> dict[str, Tensor]:
-    """ "fgsm" and "pgd" (50 steps of eps / 10) at one L-inf radius, and the control: random signs of that size."""
+    """ "fgsm" and "pgd" (50 steps of eps / 10) at one L-inf radius, and the control: random signs of that size.
+
+    >>> victim = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> made = attack_at(0.1, ["fgsm", "pgd"], victim, torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))
+    >>> {name: tuple(images.shape) for name, images in made.items()}
+    {'FGSM': (2, 3, 2, 2), 'PGD': (2, 3, 2, 2), 'random signs': (2, 3, 2, 2)}
+    """
     settings: dict[str, dict[str, Any]] = {"fgsm": dict(eps=eps), "pgd": dict(eps=eps, step=eps / 10, n_steps=50)}
     for name in names:
         checks.one_of(name, "attack", settings)
@@ -78,6 +84,10 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     """Images (N, 3, H, W) with every value moved by eps up or down at random, a function of (seed, pixels), clipped to [0, 1].
 
     As long as FGSM's change in every norm and aimed at nothing: what a detector sees of it, it sees of noise.
+
+    >>> moved = random_signs(torch.full((1, 3, 8, 8), 0.5), eps=0.25)
+    >>> moved.unique()
+    tensor([0.2500, 0.7500])
     """
     x = checks.images(images)
     draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_SIGNS]), x[0].numel()).view_as(x)
@@ -85,7 +95,12 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
 
 
 class AtLayer(nn.Module):
-    """A ResNet of this project read at one of its stages, "layer1" to "layer4": pooled features of that stage."""
+    """A ResNet of this project read at one of its stages, "layer1" to "layer4": pooled features of that stage.
+
+    >>> encoder = encoders.ResNet("resnet10", width=4, stem="cifar", image_size=8)
+    >>> AtLayer(encoder, "layer2")(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 8])
+    """
 
     def __init__(self, encoder: nn.Module, layer: str) -> None:
         super().__init__()
@@ -106,7 +121,13 @@ class AtLayer(nn.Module):
 
 
 def untrained(encoder: nn.Module, seed: int = 0) -> nn.Module:
-    """A ResNet of this project with its weights as before any training."""
+    """A ResNet of this project with its weights as before any training.
+
+    >>> trained = encoders.ResNet("resnet10", width=4, stem="cifar", image_size=8)
+    >>> fresh = untrained(trained)
+    >>> fresh.config == trained.config, encoders.fingerprint(fresh) == encoders.fingerprint(trained)
+    (True, False)
+    """
     if not isinstance(encoder, encoders.ResNet):
         raise ValueError(f"encoder: found {type(encoder).__name__}, expected a ResNet of this project, of known stages")
     with torch.random.fork_rng(devices=[]):

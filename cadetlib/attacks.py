@@ -54,6 +54,12 @@ def pgd(
 
     The start is uniform in the ball as a function of (seed, the image's pixels), or the image itself. Images, labels, result
     and errors as for `fgsm`. Paper: eps 0.02, step 0.002, 50 steps; the random start is Madry et al.'s.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> images = torch.full((1, 3, 2, 2), 0.5)
+    >>> change = pgd(classifier, images, torch.tensor([1]), eps=0.02, step=0.005, n_steps=20) - images
+    >>> [round(float(v), 3) for v in change.abs().aminmax()]  # a linear victim: the corner of the ball
+    [0.02, 0.02]
     """
     _check_steps(n_steps, eps=eps, step=step)
 
@@ -86,6 +92,11 @@ def cw(classifier: nn.Module, images: Any, labels: Any, variant: str = "l2", **s
     and 0.1, 0.03 and 50 are just the settings of Hu et al.'s program, but the norm is not L2. So report all three.
 
     settings: keywords of the variant. Images, labels, result and errors as for `fgsm`, within the variant's own ball.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> images, labels = torch.full((1, 3, 2, 2), 0.5), torch.tensor([1])
+    >>> bool((cw(classifier, images, labels, variant="linf", eps=0.1) - images).abs().max() <= 0.1 + 1e-6)
+    True
     """
     functions = {name.removeprefix("cw_"): function for name, function in ATTACKS.items() if name.startswith("cw_")}
     if variant not in functions:
@@ -112,6 +123,12 @@ def cw_l2(
     image the nearest that is misclassified by more than `confidence` is returned, and the image itself when there is none:
     raise c where that is often so, as on small images, whose changes are long (the original searches for c). No radius holds.
     Pixels of exactly 0 or 1 hardly move, since the tanh is flat there. Images, labels, result and errors as for `fgsm`.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> images = torch.rand(4, 3, 2, 2)
+    >>> labels = classifier(images).argmax(dim=1)
+    >>> accuracy(classifier, cw_l2(classifier, images, labels, c=100.0), labels)
+    0.0
     """
     _check_steps(n_steps, c=c, lr=lr)
     checks.not_negative(confidence, "confidence")
@@ -147,6 +164,11 @@ def cw_l2_ball(
 
     Each of n_steps steps has L2 length lr along the gradient and is projected back on the ball: Adam, which moves all pixels
     alike, would leave so small a ball at every step. Images, labels, result and errors as for `fgsm`, but the ball is L2.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> images = torch.full((1, 3, 2, 2), 0.5)
+    >>> round(float((cw_l2_ball(classifier, images, torch.tensor([1]), eps=0.1) - images).norm()), 4)
+    0.1
     """
     _check_steps(n_steps, eps=eps, lr=lr)
 
@@ -179,6 +201,12 @@ def cw_linf(
     Adam minimises max(max_other z - z_target + margin, 0) over the pixels, clipped to the ball and [0, 1] after every step. An
     image's target is uniform over the other classes, a function of (seed, the image's pixels). Images, labels, result and
     errors as for `fgsm`. The defaults are those of Hu et al.'s program.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    >>> images = torch.full((1, 3, 2, 2), 0.5)
+    >>> change = cw_linf(classifier, images, torch.tensor([1]), eps=0.1) - images
+    >>> round(float(change.abs().max()), 4)
+    0.1
     """
     _check_steps(n_steps, eps=eps, lr=lr)
     checks.not_negative(margin, "margin")
@@ -209,7 +237,14 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
 
 
 def accuracy(classifier: nn.Module, images: Any, labels: Any, batch_size: int = 512) -> float:
-    """Share of images (N, 3, H, W), uint8 or [0, 1], whose largest logit is their label's (N,); wrong input raises ValueError."""
+    """Share of images (N, 3, H, W), uint8 or [0, 1], whose largest logit is their label's (N,); wrong input raises ValueError.
+
+    >>> brighter_is_1 = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> with torch.no_grad():
+    ...     _ = brighter_is_1[1].weight.copy_(torch.tensor([[0.0], [1.0]])), brighter_is_1[1].bias.copy_(torch.tensor([6.0, 0.0]))
+    >>> accuracy(brighter_is_1, torch.stack([torch.zeros(3, 2, 2), torch.ones(3, 2, 2)]), [0, 0])
+    0.5
+    """
     x = checks.images(images)
     y = checks.labels(labels, len(x))
     checks.at_least(batch_size, "batch_size", 1)

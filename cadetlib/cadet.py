@@ -47,12 +47,19 @@ def out_similarity(means: Tensor, mu: Tensor) -> Tensor:
     """m_out of Eq. 5 from mean unit embeddings (N, D) and mu (D,) -> (N,) float64.
 
     Row by row, where a matrix product would round an image's value by how many others there are: copies of an image tie.
+
+    >>> out_similarity(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([0.0, 0.5], dtype=torch.float64))
+    tensor([0.0000, 0.4000], dtype=torch.float64)
     """
     return (means.double() * mu).sum(dim=-1)
 
 
 def gamma(m_in: Tensor, m_out: Tensor) -> float:
-    """Eq. 7: the weight that gives gamma * m_out the variance of m_in over the calibration images; (N,), (N,) -> float."""
+    """Eq. 7: the weight that gives gamma * m_out the variance of m_in over the calibration images; (N,), (N,) -> float.
+
+    >>> round(gamma(torch.tensor([0.90, 0.92, 0.94]), torch.tensor([0.1, 0.2, 0.3])), 6)
+    0.2
+    """
     checks.at_least(len(m_in), "number of calibration images", 2)
     std_in, std_out = float(m_in.double().std()), float(m_out.double().std())
     if not min(std_in, std_out) > _ROUNDING:
@@ -68,6 +75,11 @@ def p_values(calibration_scores: Any, scores: Any, ties: str = "paper") -> Tenso
 
     ties="paper" counts calibration scores strictly below, as printed; "conservative" also counts equal ones, which keeps
     P(p <= alpha) <= alpha under H0 when scores tie.
+
+    >>> p_values([0.1, 0.2, 0.3, 0.4], [0.05, 0.2, 0.9])
+    tensor([0.2000, 0.4000, 1.0000], dtype=torch.float64)
+    >>> p_values([0.1, 0.2, 0.3, 0.4], [0.05, 0.2, 0.9], ties="conservative")
+    tensor([0.2000, 0.6000, 1.0000], dtype=torch.float64)
     """
     calibration = checks.finite(checks.as_tensor(calibration_scores, "calibration_scores"), "calibration_scores").double()
     scores = checks.finite(checks.as_tensor(scores, "scores"), "scores").double()
@@ -89,6 +101,13 @@ class CADet:
 
     A view depends on (seed, pixels of the image, number of the view) alone: an image's score does not depend on the
     images it is scored with. After `fit`: mu_ (D,), gamma_, calibration_scores_ (n,).
+
+    >>> detector = CADet(nn.Flatten(), n_views=8, image_size=8)  # an encoder whose features are the pixels
+    >>> detector = detector.fit(torch.rand(10, 3, 8, 8), torch.rand(19, 3, 8, 8))
+    >>> dots = torch.zeros(1, 3, 8, 8)
+    >>> dots[:, :, ::3, ::3] = 1
+    >>> round(float(detector.p_values(dots)), 4), detector.predict(dots, alpha=0.05)  # the smallest of 1 / (19 + 1)
+    (0.05, tensor([True]))
     """
 
     def __init__(

@@ -15,7 +15,11 @@ from torch import Tensor
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
-    """`values` (tensor, array or nested list) as a tensor on the device it is on; ValueError when it is none of these."""
+    """`values` (tensor, array or nested list) as a tensor on the device it is on; ValueError when it is none of these.
+
+    >>> as_tensor([[1, 2]], "x")
+    tensor([[1, 2]])
+    """
     if isinstance(values, Tensor):
         return values
     try:
@@ -25,7 +29,12 @@ def as_tensor(values: Any, name: str) -> Tensor:
 
 
 def finite(values: Tensor, name: str) -> Tensor:
-    """`values`, all of whose entries are finite."""
+    """`values`, all of whose entries are finite.
+
+    >>> finite(torch.tensor([1.0, math.nan]), "scores")
+    Traceback (most recent call last):
+    ValueError: scores: found 1 NaN or infinite of 2 values, expected finite numbers
+    """
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(f"{name}: found {bad} NaN or infinite of {values.numel()} values, expected finite numbers")
@@ -33,7 +42,14 @@ def finite(values: Tensor, name: str) -> Tensor:
 
 
 def embeddings(values: Any, name: str, n_dims: int = 2, at_least: int = 1) -> Tensor:
-    """Embeddings (..., D): floating point, `n_dims` dimensions, at least `at_least` rows, finite, no zero vector."""
+    """Embeddings (..., D): floating point, `n_dims` dimensions, at least `at_least` rows, finite, no zero vector.
+
+    >>> embeddings([[3, 4]], "z")
+    tensor([[3., 4.]], dtype=torch.float64)
+    >>> embeddings([[0.0, 0.0]], "z")
+    Traceback (most recent call last):
+    ValueError: z: found a zero vector, whose cosine similarity is undefined; expected none
+    """
     z = as_tensor(values, name)
     if z.ndim != n_dims or 0 in z.shape[1:]:
         expected = {1: "(D,)", 2: "(n, D)", 3: "(N, n_views, D)"}[n_dims]
@@ -49,7 +65,14 @@ def embeddings(values: Any, name: str, n_dims: int = 2, at_least: int = 1) -> Te
 
 
 def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
-    """Images (N, 3, H, W), uint8 or floating point in [0, 1] -> float32 in [0, 1] on the same device."""
+    """Images (N, 3, H, W), uint8 or floating point in [0, 1] -> float32 in [0, 1] on the same device.
+
+    >>> images(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).unique()
+    tensor([1.])
+    >>> images(torch.rand(1, 2, 2, 3))
+    Traceback (most recent call last):
+    ValueError: images: found shape (1, 2, 2, 3), expected (N, 3, H, W) (repeat a grey channel three times)
+    """
     x = as_tensor(values, name)
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
         raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected (N, 3, H, W) (repeat a grey channel three times)")
@@ -95,7 +118,11 @@ def in_classes(labels: Tensor, n_classes: int) -> Tensor:
 
 
 def in_open_interval(value: float, name: str, low: float = 0.0, high: float = 1.0) -> float:
-    """A number strictly between `low` and `high`."""
+    """A number strictly between `low` and `high`.
+
+    >>> in_open_interval(0.05, "alpha"), in_open_interval(3, "tau", high=math.inf)
+    (0.05, 3.0)
+    """
     if not low < value < high:
         raise ValueError(f"{name}: found {value}, expected a number between {low} and {high}, both excluded")
     return float(value)
@@ -114,7 +141,12 @@ def not_negative(value: float, name: str) -> float:
 
 
 def one_of(value: str, name: str, allowed: Iterable[str]) -> str:
-    """One of the `allowed` words."""
+    """One of the `allowed` words.
+
+    >>> one_of("max", "reduction", ("sum", "mean"))
+    Traceback (most recent call last):
+    ValueError: reduction: found 'max', expected one of ('sum', 'mean')
+    """
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name}: found {value!r}, expected one of {allowed}")
@@ -122,7 +154,12 @@ def one_of(value: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def at_least(value: int, name: str, minimum: int) -> int:
-    """A whole number of at least `minimum`."""
+    """A whole number of at least `minimum`.
+
+    >>> at_least(1, "n_views", 2)
+    Traceback (most recent call last):
+    ValueError: n_views: found 1, expected a whole number of at least 2
+    """
     if isinstance(value, bool) or int(value) != value or value < minimum:
         raise ValueError(f"{name}: found {value}, expected a whole number of at least {minimum}")
     return int(value)

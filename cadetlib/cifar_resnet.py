@@ -44,7 +44,12 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """[0, 1] images (N, 3, 32, 32) -> pooled features (N, 64), with `depth` = 6 n + 2 layers."""
+    """[0, 1] images (N, 3, 32, 32) -> pooled features (N, 64), with `depth` = 6 n + 2 layers.
+
+    >>> encoder = CifarResNet(n_blocks=3)
+    >>> encoder(torch.rand(2, 3, 32, 32)).shape, encoder.config["name"]
+    (torch.Size([2, 64]), 'cifar-resnet20')
+    """
 
     def __init__(self, n_blocks: int) -> None:
         super().__init__()
@@ -66,6 +71,10 @@ def load(name: str) -> Classifier:
     """The public classifier "resnet20" or "resnet56" of CIFAR-10, in eval mode, on the CPU.
 
     FileNotFoundError says where its file was looked for and how to get it, ValueError when the file is not the published one.
+
+    >>> load("resnet18")
+    Traceback (most recent call last):
+    ValueError: cifar: found no public weights of 'resnet18', expected one of ['resnet20', 'resnet56']
     """
     if name not in WEIGHTS:
         raise ValueError(f"cifar: found no public weights of {name!r}, expected one of {list(WEIGHTS)}")

@@ -34,7 +34,11 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel."""
+    """(x - mean) / std per channel.
+
+    >>> Normalize(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))(torch.ones(1, 3, 1, 1)).flatten()
+    tensor([2., 2., 2.])
+    """
 
     mean: Tensor
     std: Tensor
@@ -105,7 +109,11 @@ class ResNet(nn.Module):
 
 
 class ContrastiveHead(nn.Sequential):
-    """SimCLRv2's head: three fully connected layers with batch norm, ReLU between them; the last has no bias and no ReLU."""
+    """SimCLRv2's head: three fully connected layers with batch norm, ReLU between them; the last has no bias and no ReLU.
+
+    >>> ContrastiveHead(64, hidden=32, out=16)(torch.rand(5, 64)).shape
+    torch.Size([5, 16])
+    """
 
     def __init__(self, dim: int, hidden: int = 2048, out: int = 128) -> None:
         super().__init__(
@@ -122,7 +130,13 @@ class ContrastiveHead(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head: logits = head(encoder(images))."""
+    """An encoder and a linear head: logits = head(encoder(images)).
+
+    >>> encoder = ResNet("resnet10", width=4, stem="cifar", image_size=8)
+    >>> classifier = Classifier(encoder, nn.Linear(encoder.dim, 10))
+    >>> classifier(torch.rand(2, 3, 8, 8)).shape, classifier.image_size
+    (torch.Size([2, 10]), 8)
+    """
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -153,7 +167,14 @@ class _Backbone(nn.Module):
 
 
 def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
-    """encoder(images) as float32 (N, D), refused when it is of another shape or holds NaN or infinite values."""
+    """encoder(images) as float32 (N, D), refused when it is of another shape or holds NaN or infinite values.
+
+    >>> encode(nn.Flatten(), torch.rand(2, 3, 4, 4)).shape
+    torch.Size([2, 48])
+    >>> encode(nn.Identity(), torch.rand(2, 3, 4, 4))
+    Traceback (most recent call last):
+    ValueError: encoder: returned (2, 3, 4, 4) for 2 images, expected a tensor (2, D)
+    """
     features = encoder(images)
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -162,18 +183,33 @@ def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's parameters; CPU when it has none."""
+    """The device of a module's parameters; CPU when it has none.
+
+    >>> device_of(nn.Linear(2, 2))
+    device(type='cpu')
+    """
     return next((p.device for p in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 of a module's weights and buffers: names, shapes and values, as float32 and without where they are."""
+    """sha256 of a module's weights and buffers: names, shapes and values, as float32 and without where they are.
+
+    >>> module = nn.Linear(2, 1)
+    >>> before = fingerprint(module)
+    >>> _ = nn.init.ones_(module.bias)
+    >>> len(before), before == fingerprint(module), fingerprint(module) == fingerprint(module.double())
+    (64, False, True)
+    """
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in module.state_dict().items()}
     return weights_digest(tensors, getattr(module, "config", {}))
 
 
 def weights_digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """sha256 of tensors, byte for byte, with their names, types and shapes, and of what is said about them."""
+    """sha256 of tensors, byte for byte, with their names, types and shapes, and of what is said about them.
+
+    >>> weights_digest({"weight": torch.zeros(2)}, {"width": 4}) == weights_digest({"weight": torch.zeros(1, 2)}, {"width": 4})
+    False
+    """
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -185,6 +221,13 @@ def save_encoder(encoder: ResNet, path: str | Path, half: bool = False, head: nn
     """Write an encoder's weights and configuration as safetensors, atomically; with a linear `head`, a whole classifier.
 
     `half` stores float16 (half the size; loaded back as float32); `about` is kept as text in the file's metadata.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> encoder = ResNet("resnet10", width=4, stem="cifar", image_size=8).eval()
+    >>> with TemporaryDirectory() as folder:
+    ...     again = load_encoder(save_encoder(encoder, f"{folder}/encoder.safetensors", trained_on="nothing"))
+    >>> fingerprint(again) == fingerprint(encoder)
+    True
     """
     tensors = encoder.state_dict()
     if head is not None:
@@ -193,12 +236,23 @@ def save_encoder(encoder: ResNet, path: str | Path, half: bool = False, head: nn
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as float16, half the size; ValueError when one does not fit."""
+    """Weights as float16, half the size; ValueError when one does not fit.
+
+    >>> halved({"weight": torch.tensor([0.5]), "steps": torch.tensor(7)})
+    {'weight': tensor([0.5000], dtype=torch.float16), 'steps': tensor(7)}
+    """
     return {k: checks.finite(v.half(), f"{k} as float16") if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, **about: Any) -> Path:
-    """Write tensors atomically, with their kind, their digest and, as text, what is said `about` them."""
+    """Write tensors atomically, with their kind, their digest and, as text, what is said `about` them.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = write_safetensors(f"{folder}/mu.safetensors", {"mu": torch.ones(2)}, kind="example", seed=0)
+    ...     read_safetensors(path, kind="example")
+    ({'mu': tensor([1., 1.])}, {'format': 'example', 'seed': '0'})
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -210,7 +264,12 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str
 
 
 def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file that says it is `kind`; ValueError for a damaged or foreign file."""
+    """Tensors and metadata of a safetensors file that says it is `kind`; ValueError for a damaged or foreign file.
+
+    >>> read_safetensors("nowhere/encoder.safetensors", kind="cadetlib.encoder")
+    Traceback (most recent call last):
+    FileNotFoundError: found no file encoder.safetensors in nowhere; expected a cadetlib.encoder file
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"found no file {path.name} in {path.parent}; expected a {kind} file")
@@ -252,6 +311,13 @@ def load_encoder(name: str | Path) -> nn.Module:
     name: "torchvision:resnet50" (V1 weights, which keep near-identical images close), "timm:NAME", the path of a safetensors
     file that this project wrote, or of a checkpoint (.pth, .ckpt, ...) of VISSL, MoCo, lightly, solo-learn or DINO, which
     `foreign` reads. FileNotFoundError and ValueError say what was expected.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = save_encoder(ResNet("resnet10", width=4, stem="cifar", image_size=8), f"{folder}/encoder.safetensors")
+    ...     encoder = load_encoder(path)
+    >>> encoder(torch.rand(2, 3, 8, 8)).shape, encoder.image_size, encoder.training
+    (torch.Size([2, 32]), 8, False)
     """
     from cadetlib import foreign  # which builds on this file's ResNet
 
@@ -271,7 +337,15 @@ def load_encoder(name: str | Path) -> nn.Module:
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """A classifier in eval mode from a file that `save_encoder(..., head=...)` wrote."""
+    """A classifier in eval mode from a file that `save_encoder(..., head=...)` wrote.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> encoder = ResNet("resnet10", width=4, stem="cifar", image_size=8)
+    >>> with TemporaryDirectory() as folder:
+    ...     path = save_encoder(encoder, f"{folder}/victim.safetensors", head=nn.Linear(encoder.dim, 10))
+    ...     load_classifier(path)(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
+    """
     encoder, head = _load_resnet(Path(path))
     if head is None:
         raise ValueError(f"{Path(path).name}: found an encoder without a classifier's head, expected one saved with its head")
@@ -279,7 +353,16 @@ def load_classifier(path: str | Path) -> Classifier:
 
 
 def head_of(file: str | Path) -> nn.Linear | None:
-    """The classifier's linear head that a file of this project holds beside its encoder; None when it holds none."""
+    """The classifier's linear head that a file of this project holds beside its encoder; None when it holds none.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> encoder = ResNet("resnet10", width=4, stem="cifar", image_size=8)
+    >>> with TemporaryDirectory() as folder:
+    ...     print(head_of(save_encoder(encoder, f"{folder}/encoder.safetensors")))
+    ...     print(head_of(save_encoder(encoder, f"{folder}/victim.safetensors", head=nn.Linear(encoder.dim, 10))))
+    None
+    Linear(in_features=32, out_features=10, bias=True)
+    """
     return _load_resnet(Path(file))[1]
 
 
@@ -316,5 +399,9 @@ def _timm_encoder(name: str) -> nn.Module:
 
 
 def n_parameters(module: nn.Module) -> int:
-    """Number of weights of a module."""
+    """Number of weights of a module.
+
+    >>> n_parameters(nn.Linear(3, 2))
+    8
+    """
     return sum(math.prod(p.shape) for p in module.parameters())

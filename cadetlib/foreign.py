@@ -45,6 +45,13 @@ def load(
     image_size 0: 224 with ImageNet's stem, 32 with CIFAR's. mean and std: of the pixels it was trained on; to keep others
     than ImageNet's, save the result with `encoders.save_encoder`. FileNotFoundError without a file; ValueError when nothing in
     it looks like a ResNet, or when weights are missing, left over or of another shape, which it names.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> weights = ResNet("resnet10", width=4, stem="cifar").state_dict()
+    >>> with TemporaryDirectory() as folder:  # as lightly saves it
+    ...     torch.save({"state_dict": {f"backbone.{name}": value for name, value in weights.items()}}, f"{folder}/simclr.ckpt")
+    ...     load(f"{folder}/simclr.ckpt").config["arch"]
+    'resnet10'
     """
     path = Path(path)
     tensors = flattened(_read(path))
@@ -81,7 +88,13 @@ def flattened(content: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def encoder_weights(tensors: Mapping[str, Tensor], name: str = "checkpoint") -> tuple[str, dict[str, Tensor]]:
-    """The library whose names these are, and the encoder's weights under torchvision's names."""
+    """The library whose names these are, and the encoder's weights under torchvision's names.
+
+    >>> weights = {"conv1.weight": torch.rand(4, 3, 3, 3), "layer1.0.conv1.weight": torch.rand(4, 4, 3, 3)}
+    >>> library, found = encoder_weights({f"module.encoder_q.{name}": value for name, value in weights.items()})
+    >>> library, list(found)
+    ('MoCo v1, v2', ['conv1.weight', 'layer1.0.conv1.weight'])
+    """
     for container in CONTAINERS:
         for library, prefix in PREFIXES:
             start = container + prefix
@@ -104,7 +117,11 @@ def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def architecture(weights: Mapping[str, Tensor], name: str = "checkpoint") -> tuple[str, int, str]:
-    """Which of encoders.DEPTHS these weights belong to, the width of its first stage, and its stem."""
+    """Which of encoders.DEPTHS these weights belong to, the width of its first stage, and its stem.
+
+    >>> architecture(ResNet("resnet18", width=8, stem="cifar").state_dict())
+    ('resnet18', 8, 'cifar')
+    """
     depths = tuple(len({k.split(".")[1] for k in weights if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     expansion = 4 if "layer1.0.conv3.weight" in weights else 1
     known = {(block.expansion, counts): arch for arch, (block, counts) in DEPTHS.items()}

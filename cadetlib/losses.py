@@ -32,12 +32,20 @@ class _Gather(torch.autograd.Function):
 
 
 def is_distributed() -> bool:
-    """Whether a process group of several processes is at work."""
+    """Whether a process group of several processes is at work.
+
+    >>> is_distributed()  # True under torchrun with two processes or more, once their group is made
+    False
+    """
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def gather(z: Tensor) -> Tensor:
-    """(n, D) of this process -> (world size * n, D) of all, differentiable; every process must bring the same n."""
+    """(n, D) of this process -> (world size * n, D) of all, differentiable; every process must bring the same n.
+
+    >>> gather(torch.rand(4, 8)).shape  # two processes would have (8, 8)
+    torch.Size([4, 8])
+    """
     return _Gather.apply(z) if is_distributed() else z
 
 
@@ -51,6 +59,10 @@ def info_nce(
     In a process group, negatives come from all processes and the value is this process's share: summed over the processes
     ("sum") or averaged ("mean") it is the loss of the whole batch. `check=False` leaves out the look at the values, which
     makes the host wait for the device.
+
+    >>> z = torch.eye(2)
+    >>> round(float(info_nce(z, z, tau=1.0)), 4)  # two anchors, each log(1 + 2 / e): one positive, two negatives at cosine 0
+    1.1029
     """
     if check:
         checks.embeddings(z0.detach(), "z0")

@@ -13,6 +13,10 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     """Share of test features whose k nearest training features by cosine vote for their label, votes weighted exp(sim / tau).
 
     train (n, D), test (m, D) features of any scale, labels (n,), (m,) int64 (Wu et al. 2018's classifier).
+
+    >>> train, test = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+    >>> knn_accuracy(train, torch.tensor([0, 1]), test, torch.tensor([0, 0]), k=1)
+    0.5
     """
     train, test = F.normalize(checks.embeddings(train, "train"), dim=1), F.normalize(checks.embeddings(test, "test"), dim=1)
     similarity, index = (test @ train.T).topk(min(checks.at_least(k, "k", 1), len(train)), dim=1)
@@ -26,6 +30,10 @@ def linear_probe(features: Tensor, labels: Tensor, penalty: float = 1e-3, max_it
     """A linear classifier on frozen features (N, D), labels (N,) int64: logistic regression, L2 penalty per sample, by L-BFGS.
 
     Features are standardised for the fit and the scaling is folded into the returned layer, which takes them raw.
+
+    >>> features, labels = torch.tensor([[1.0, 5.0], [2.0, 5.5], [8.0, 5.0], [9.0, 5.5]]), torch.tensor([0, 0, 1, 1])
+    >>> linear_probe(features, labels)(features).argmax(dim=1)
+    tensor([0, 0, 1, 1])
     """
     x = checks.embeddings(features, "features", at_least=2).double().cpu()
     labels = labels.cpu()

@@ -29,6 +29,10 @@ def die_with_parent(parent: int | None = None) -> None:
 
     `parent`: the process id it should be the child of; if that one has ended already, the signal comes at once. Survives an
     exec, so that it serves as `preexec_fn` of any command.
+
+    >>> import subprocess
+    >>> subprocess.run(["echo", "a child"], preexec_fn=die_with_parent, capture_output=True).stdout.strip()
+    b'a child'
     """
     if _prctl is not None:
         _prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))

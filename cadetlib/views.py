@@ -27,6 +27,9 @@ def resize_to(images: Any, size: int) -> Tensor:
     """Images (N, 3, H, W), uint8 or [0, 1] -> float32 (N, 3, size, size): shorter side resized, bilinear, then centre crop.
 
     Antialiased. Clean and attacked images go through the same door, so that a detector sees the attack and not the preprocessing.
+
+    >>> resize_to(torch.rand(2, 3, 20, 30), size=16).shape
+    torch.Size([2, 3, 16, 16])
     """
     x = checks.images(images)
     height, width = x.shape[-2:]
@@ -46,6 +49,9 @@ def crop_boxes(
     draws: (..., 2 * 10 + 2) uniform numbers -> boxes (..., 4) int64: top, left, height, width.
     Area fraction uniform in `scale`, aspect log-uniform in `ratio`, the first of ten draws that fits, else the centre: as
     much of the image as `ratio` allows.
+
+    >>> crop_boxes(torch.full((22,), 0.5), scale=(0.25, 0.25), ratio=(1 / 2, 2.0), size=8)
+    tensor([2, 2, 4, 4])
     """
     across = size if across is None else across
     area = size * across * (scale[0] + (scale[1] - scale[0]) * draws[..., :_TRIES])
@@ -65,6 +71,9 @@ def crop_matrices(start: Tensor, length: Tensor, size: int, flip: Tensor | None 
     """Bilinear resampling of the interval [start, start + length) of a line of `size` pixels to `size` pixels.
 
     start, length: (...,) int64; flip: (...,) bool reverses the result -> matrices (..., size, size), output rows, input columns.
+
+    >>> crop_matrices(torch.tensor(1), torch.tensor(2), size=4) @ torch.tensor([0.0, 1.0, 2.0, 3.0])
+    tensor([1.0000, 1.2500, 1.7500, 2.0000])
     """
     output = torch.arange(size, device=start.device, dtype=torch.float32).expand(*start.shape, size)
     if flip is not None:
@@ -80,6 +89,12 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows @ image @ columns.T, for each image and each of its views.
 
     images: (N, 3, S, S); rows, columns: (N, V, S, S) -> (N, V, 3, S, S).
+
+    >>> image = torch.arange(4.0).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    >>> same, swapped = torch.eye(2).expand(1, 1, 2, 2), torch.eye(2).flip(0).expand(1, 1, 2, 2)
+    >>> resample(image, rows=same, columns=swapped)[0, 0, 0]
+    tensor([[1., 0.],
+            [3., 2.]])
     """
     n, channels, size, _ = images.shape
     n_views = rows.shape[1]
@@ -125,13 +140,22 @@ class EvalViews:
 
 
 def grey(images: Tensor) -> Tensor:
-    """Luma of images (..., 3, H, W) -> (..., 1, H, W)."""
+    """Luma of images (..., 3, H, W) -> (..., 1, H, W).
+
+    >>> grey(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).flatten()
+    tensor([0.2990])
+    """
     weights = torch.tensor(_GREY, device=images.device, dtype=images.dtype).view(3, 1, 1)
     return (images * weights).sum(dim=-3, keepdim=True)
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of images (N, 3, H, W) by shift (N,) in turns, in HSV as torchvision does."""
+    """Turn the hue of images (N, 3, H, W) by shift (N,) in turns, in HSV as torchvision does.
+
+    >>> red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    >>> shift_hue(red, torch.tensor([1 / 3])).flatten().round(decimals=4).abs()  # green
+    tensor([0., 1., 0.])
+    """
     red, green, blue = images.unbind(1)
     value, lowest = images.amax(dim=1), images.amin(dim=1)
     chroma = value - lowest
@@ -152,6 +176,10 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
     images (N, 3, H, W); order (N, 4): a permutation of 0..3; factors (N, 4): three multipliers and a hue shift in turns.
     The first three blend the image with black, its mean luma or its luma, and differ in nothing else.
+
+    >>> image, order = torch.tensor([0.4, 0.2, 0.0]).view(1, 3, 1, 1), torch.tensor([[0, 1, 2, 3]])
+    >>> colour_jitter(image, order, torch.tensor([[2.0, 1.0, 1.0, 0.0]])).flatten().round(decimals=4).abs()  # twice as bright
+    tensor([0.8000, 0.4000, 0.0000])
     """
     for step in range(4):
         which = order[:, step]
@@ -168,7 +196,12 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def blur_matrices(sigma: Tensor, radius: int, size: int) -> Tensor:
-    """Gaussian blur of a line of `size` pixels, borders reflected, sigma (...,); 0 leaves it as it is -> (..., size, size)."""
+    """Gaussian blur of a line of `size` pixels, borders reflected, sigma (...,); 0 leaves it as it is -> (..., size, size).
+
+    >>> blur_matrices(torch.tensor([0.0, 1.0]), radius=1, size=3)[:, 1]  # the middle pixel's weights, without and with blur
+    tensor([[0.0000, 1.0000, 0.0000],
+            [0.2741, 0.4519, 0.2741]])
+    """
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     weights = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[..., None]) ** 2)
     weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -183,6 +216,11 @@ class TrainViews:
     """T_train (Section 3, settings of SimCLRv2): crop, flip, colour jitter, greyscale, blur. Probability 0 leaves a step out.
 
     Call with images (N, 3, S, S) float in [0, 1], their keys (N,) and the number of the view (epoch and view together).
+
+    >>> make, images, keys = TrainViews(image_size=8), torch.rand(2, 3, 8, 8), torch.tensor([10, 11])
+    >>> first, again, second = make(images, keys, view=0), make(images, keys, view=0), make(images, keys, view=1)
+    >>> first.shape, torch.equal(first, again), torch.equal(first, second)
+    (torch.Size([2, 3, 8, 8]), True, False)
     """
 
     image_size: int
