@@ -34,7 +34,13 @@ Entry = TypeVar("Entry", bound=Callable[..., Any])
 
 
 class Detector:
-    """What a table says of a detector besides its scores. Learned values end in _, settings are only stored by __init__."""
+    """What a table says of a detector besides its scores. Learned values end in _, settings are only stored by __init__.
+
+    >>> {name: DETECTORS[name].needs_labels for name in ("MSP", "Mahalanobis")}
+    {'MSP': False, 'Mahalanobis': True}
+    >>> ODIN().forwards, ODIN(step=0.0).forwards
+    (4.0, 1.0)
+    """
 
     post_hoc: ClassVar[bool] = False  # needs features alone: has fit_features and score_features
     needs_logits: ClassVar[bool] = False  # needs the classifier's linear head
@@ -47,6 +53,12 @@ class PostHoc(Detector):
     """A detector on penultimate features: a subclass says what to `learn` of the training features and how it `scores` others.
 
     The methods here check input, embed images, and score in blocks of rows, each of which is scored on its own.
+
+    >>> class Length(PostHoc):
+    ...     def scores(self, features):
+    ...         return features.norm(dim=1)
+    >>> Length().fit_features(torch.rand(5, 2)).score_features(torch.tensor([[3.0, 4.0]]))
+    tensor([5.], dtype=torch.float64)
     """
 
     post_hoc = True
@@ -155,13 +167,21 @@ def _of_logits(function: Callable[[Tensor], Tensor]) -> type[PostHoc]:
 
 @register("MSP")
 def maximum_softmax(logits: Tensor) -> Tensor:
-    """Maximum softmax probability (Hendrycks and Gimpel 2017)."""
+    """Maximum softmax probability (Hendrycks and Gimpel 2017).
+
+    >>> maximum_softmax(torch.tensor([[0.0, 0.0], [0.0, 100.0]]))
+    tensor([0.5000, 1.0000])
+    """
     return -ood.MaxSoftmax.score(logits)
 
 
 @register("Energy")
 def energy(logits: Tensor) -> Tensor:
-    """log sum exp of the logits, temperature 1 (Liu et al. 2020)."""
+    """log sum exp of the logits, temperature 1 (Liu et al. 2020).
+
+    >>> energy(torch.tensor([[2.0, 2.0]])) - math.log(2)
+    tensor([2.])
+    """
     return -ood.EnergyBased.score(logits)
 
 
@@ -174,6 +194,12 @@ class ODIN(Detector):
     in normalised pixels by their deviation, which is the same. Defaults are the untuned ones of the original. Not
     pytorch-ood's class, since that cannot share forward and backward passes over a grid, nor see the gradient of an image
     whose probability rounds to 1. Cost: a forward, a backward (two) and a forward.
+
+    >>> from cadetlib.encoders import Classifier
+    >>> classifier, images = Classifier(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
+    >>> scores = ODIN(temperature=10.0).fit(classifier, images).score_samples(images)
+    >>> scores.shape, bool((scores >= 0.5).all())  # two classes
+    (torch.Size([4]), True)
     """
 
     needs_logits = True
@@ -203,7 +229,11 @@ class ODIN(Detector):
 
 @register("MaxLogit")
 def maximum_logit(logits: Tensor) -> Tensor:
-    """Maximum logit (Hendrycks et al. 2022)."""
+    """Maximum logit (Hendrycks et al. 2022).
+
+    >>> maximum_logit(torch.tensor([[1.0, 3.0]]))
+    tensor([3.])
+    """
     return -ood.MaxLogit.score(logits)
 
 
@@ -265,7 +295,12 @@ _library(
 
 
 class Gaussians(NamedTuple):
-    """Normal distributions that share a covariance: see `tied_gaussians`."""
+    """Normal distributions that share a covariance: see `tied_gaussians`.
+
+    >>> standard = Gaussians(means=torch.zeros(1, 2, dtype=torch.float64), whitener=torch.eye(2, dtype=torch.float64))
+    >>> standard.distances(torch.tensor([[3.0, 4.0]])).round(decimals=4)
+    tensor([[25.]], dtype=torch.float64)
+    """
 
     means: Tensor  # (K, D) float64
     whitener: Tensor  # (D, rank) float64: whitener whitener^T = pinv(covariance)
@@ -280,6 +315,11 @@ def tied_gaussians(features: Tensor, labels: Tensor) -> Gaussians:
 
     Directions in which the features do not vary at all are left out, as by the covariance's pseudo-inverse. ValueError when
     there is no other.
+
+    >>> features, labels = torch.tensor([[0.0, 1.0], [2.0, -1.0], [10.0, 1.0], [12.0, -1.0]]), torch.tensor([0, 0, 1, 1])
+    >>> tied_gaussians(features, labels).means
+    tensor([[ 1.,  0.],
+            [11.,  0.]], dtype=torch.float64)
     """
     classes, which, counts = labels.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
@@ -294,7 +334,12 @@ def tied_gaussians(features: Tensor, labels: Tensor) -> Gaussians:
 
 
 def second_moment(features: Tensor, centres: Tensor, which: Tensor) -> Tensor:
-    """Mean of (x - c)(x - c)^T over features x (N, D), c = centres[which] (K, D), (N,): (D, D) float64."""
+    """Mean of (x - c)(x - c)^T over features x (N, D), c = centres[which] (K, D), (N,): (D, D) float64.
+
+    >>> second_moment(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(1, 2), torch.tensor([0, 0]))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 2.0000]], dtype=torch.float64)
+    """
     total = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
     for block, index in zip(features.split(4096), which.split(4096), strict=True):  # no float64 copy of all the features
         away = block.double() - centres[index]
@@ -308,6 +353,11 @@ class Mahalanobis(PostHoc):
 
     Penultimate features only, no step in the image. Not pytorch-ood's class, whose means and covariance are float32 and whose
     covariance, a sum with 1e-6 on its diagonal, makes a feature that is constant in training dominate the distance.
+
+    >>> features, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [10.0, 2.0], [10.0, -2.0]]), torch.tensor([0, 0, 1, 1])
+    >>> detector = Mahalanobis().fit_features(features, labels)
+    >>> detector.score_features(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])).round(decimals=4)  # variances 0.5 and 2
+    tensor([-0., -2., -2.], dtype=torch.float64)
     """
 
     needs_labels = True
@@ -326,6 +376,11 @@ class Residual(PostHoc):
     u = -pinv(W) b is the origin at which the head's logits vanish; the principal space is spanned by the n_principal largest
     eigenvectors of the mean of (x - u)(x - u)^T. By default 1000 of D >= 2048 dimensions, 512 of D >= 768 (both as in the
     original), and D // 2 of fewer.
+
+    >>> head = nn.Linear(2, 2, bias=False)
+    >>> detector = Residual(n_principal=1).fit_features(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]), head=head)
+    >>> detector.score_features(torch.tensor([[5.0, 0.0], [5.0, 2.0]])).round(decimals=4)  # the principal space is the first axis
+    tensor([-0., -2.], dtype=torch.float64)
     """
 
     needs_logits = True
@@ -355,6 +410,13 @@ class ViM(Residual):
 
     alpha = mean largest logit / mean residual on the training features. Not pytorch-ood's class, which computes in float32 and
     has no rule for the number of dimensions.
+
+    >>> head = nn.Linear(2, 2, bias=False)
+    >>> _ = nn.init.eye_(head.weight)
+    >>> detector = ViM(n_principal=1).fit_features(torch.tensor([[1.0, 0.1], [3.0, -0.1]]), head=head)
+    >>> inside, outside = detector.score_features(torch.tensor([[2.0, 0.0], [2.0, 5.0]]))
+    >>> bool(inside > outside)  # although the logits of the second are larger
+    True
     """
 
     def learn(self, features: Tensor, labels: Tensor, head: nn.Linear) -> None:
@@ -385,6 +447,11 @@ class SSD(PostHoc):
     """-squared Mahalanobis distance of the unit feature to the training features' one mean (Sehwag et al. 2021).
 
     Their label-free detector with its one cluster, on whatever (contrastive) encoder it is given; not their training.
+
+    >>> detector = SSD().fit_features(torch.tensor([[9.0, 1.0], [1.0, 0.0], [9.0, -1.0]]))
+    >>> near, opposite = detector.score_features(torch.tensor([[5.0, 0.1], [-5.0, 0.1]]))
+    >>> bool(near > opposite)
+    True
     """
 
     def learn(self, features: Tensor, labels: Tensor, head: nn.Linear) -> None:
@@ -401,6 +468,10 @@ class CSILike(PostHoc):
 
     It is that formula on the encoder it is given. It is not CSI: no training with shifted images as negatives, no classifier
     of the shift, no sum over shifted copies of the image, and the features are the encoder's, not the projection head's.
+
+    >>> detector = CSILike().fit_features(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> detector.score_features(torch.tensor([[3.0, 0.0], [-3.0, 0.0]])) + 0.0
+    tensor([3., 0.], dtype=torch.float64)
     """
 
     def learn(self, features: Tensor, labels: Tensor, head: nn.Linear) -> None:
@@ -417,6 +488,10 @@ class KNN(PostHoc):
 
     k = 50 is theirs for CIFAR-10 (200 for CIFAR-100, 1000 for ImageNet). Not pytorch-ood's class, whose search takes every
     core there is; here it is blocks of one matrix product, and the distance found is computed again in float64.
+
+    >>> detector = KNN(k=1).fit_features(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> detector.score_features(torch.tensor([[0.0, 7.0], [-1.0, 0.0]])).round(decimals=4)
+    tensor([-0.0000, -1.4142], dtype=torch.float64)
     """
 
     def __init__(self, k: int = 50) -> None:
@@ -451,6 +526,12 @@ class RMD(Mahalanobis):
     """-min_k (d_k - d_0): Mahalanobis distance relative to that of one normal for all classes (Ren et al. 2021).
 
     Not pytorch-ood's class, for `Mahalanobis`' reasons.
+
+    >>> features, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [10.0, 2.0], [10.0, -2.0]]), torch.tensor([0, 0, 1, 1])
+    >>> detector = RMD().fit_features(features, labels)
+    >>> of_a_class, between = detector.score_features(torch.tensor([[0.0, 0.0], [5.0, 0.0]]))
+    >>> bool(of_a_class > between)
+    True
     """
 
     def learn(self, features: Tensor, labels: Tensor, head: nn.Linear) -> None:
@@ -466,6 +547,11 @@ class GradNorm(PostHoc):
     """L1 norm of the gradient by the head's weights of the cross entropy to the uniform distribution (Huang et al. 2021).
 
     That gradient is (softmax(f) - 1/C) x^T, an outer product, whose norm is the product of theirs: no gradient is taken.
+
+    >>> head = nn.Linear(2, 2, bias=False)
+    >>> _ = nn.init.zeros_(head.weight)  # probabilities 1/2: as uniform as can be
+    >>> GradNorm().fit_features(torch.rand(5, 2), head=head).score_features(torch.tensor([[3.0, 4.0]]))
+    tensor([0.], dtype=torch.float64)
     """
 
     needs_logits = True
@@ -477,13 +563,22 @@ class GradNorm(PostHoc):
 
 @register("Entropy")
 def negative_entropy(logits: Tensor) -> Tensor:
-    """-entropy of the softmax (Chan et al. 2021)."""
+    """-entropy of the softmax (Chan et al. 2021).
+
+    >>> negative_entropy(torch.tensor([[0.0, 0.0]])) + math.log(2)
+    tensor([0.])
+    """
     return -ood.Entropy.score(logits)
 
 
 @register("GEN")
 def generalized_entropy(logits: Tensor) -> Tensor:
-    """-mean of (p (1 - p))^0.1 over all classes' probabilities p (Liu et al. 2023)."""
+    """-mean of (p (1 - p))^0.1 over all classes' probabilities p (Liu et al. 2023).
+
+    >>> sure, unsure = generalized_entropy(torch.tensor([[9.0, 0.0], [0.0, 0.0]]))
+    >>> bool(sure > unsure), round(float(unsure), 4)  # 0.25^0.1
+    (True, -0.8706)
+    """
     return -ood.GEN.score(logits)
 
 
@@ -523,6 +618,10 @@ def odin_scores(
 
     One forward pass serves all temperatures, one backward pass per temperature all its steps; one forward pass per
     temperature and step > 0 remains.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> odin_scores(classifier, torch.rand(4, 3, 2, 2), temperatures=[1.0, 1000.0], steps=[0.0, 0.001, 0.01]).shape
+    torch.Size([2, 3, 4])
     """
     for step, temperature in [(step, temperature) for step in steps for temperature in temperatures]:
         checks.not_negative(step, "step")
@@ -555,6 +654,11 @@ def odin_directions(classifier: nn.Module, x: Tensor, temperatures: Sequence[flo
 
     For the largest logit z, max_c softmax = sigmoid(z / T - log sum exp(others / T)). The gradient of the sigmoid's argument has
     the same signs, and does not vanish where the sigmoid has rounded to 1.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> directions, logits = odin_directions(classifier, torch.rand(4, 3, 2, 2), temperatures=[1.0, 10.0])
+    >>> torch.stack(directions).shape, logits.shape
+    (torch.Size([2, 4, 3, 2, 2]), torch.Size([4, 2]))
     """
     x = x.detach().requires_grad_()
     logits = encode(classifier, x, "classifier").double()
@@ -577,6 +681,12 @@ def tune_odin(
 
     The largest AUROC of the grid wins, the first of equal ones. The result, ready to score, has grid_: (temperature, step) ->
     AUROC, and tuned_on_anomalies = True. Its AUROC on the images given here is optimistic: report it on others.
+
+    >>> from cadetlib.encoders import Classifier
+    >>> classifier, clean = Classifier(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
+    >>> tuned = tune_odin(classifier, clean, clean, temperatures=[10.0, 100.0], steps=[0.0])
+    >>> tuned.grid_, tuned.temperature  # nothing to choose by: the first
+    ({(10.0, 0.0): 0.5, (100.0, 0.0): 0.5}, 10.0)
     """
     if not temperatures or not steps:
         raise ValueError(f"found temperatures {temperatures}, steps {steps}; expected at least one of each")

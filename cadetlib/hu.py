@@ -46,7 +46,12 @@ GRID: dict[str, tuple[float, ...]] = {
 
 
 class Criteria(NamedTuple):
-    """The three criteria of images, each (N,) float64 on the CPU, larger = looks more attacked."""
+    """The three criteria of images, each (N,) float64 on the CPU, larger = looks more attacked.
+
+    >>> measured = Criteria(c1=torch.tensor([0.1]), c2t=torch.tensor([3.0]), c2u=torch.tensor([200.0]))
+    >>> measured.c2t
+    tensor([3.])
+    """
 
     c1: Tensor  # in [0, 2]
     c2t: Tensor  # whole numbers in [1, cap]
@@ -97,6 +102,11 @@ def steps_to_leave(
 
     batch_size images walk at once; where one is done the next begins. The cross entropy is of float64, in which a probability
     of 1 - 1e-9 still has a gradient. Images, classifier and errors as for `noise_distance`, but gradients must reach the images.
+
+    >>> blind = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> _ = nn.init.zeros_(blind[1].weight)
+    >>> steps_to_leave(blind, torch.rand(2, 3, 2, 2), targeted=True, cap=5)  # no gradient leads anywhere
+    tensor([5., 5.], dtype=torch.float64)
     """
     x = checks.images(images).detach()
     lr = checks.in_open_interval((0.005 if targeted else 0.1) if lr is None else lr, "lr", high=math.inf)
@@ -128,7 +138,13 @@ def criteria(
     seed: int = 0,
     batch_size: int = 128,
 ) -> Criteria:
-    """All three criteria of images (N, 3, H, W), uint8 or [0, 1]: see `noise_distance` and `steps_to_leave`."""
+    """All three criteria of images (N, 3, H, W), uint8 or [0, 1]: see `noise_distance` and `steps_to_leave`.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> measured = criteria(classifier, torch.rand(4, 3, 2, 2), cap_targeted=5, cap_untargeted=5)
+    >>> [values.shape for values in measured]
+    [torch.Size([4]), torch.Size([4]), torch.Size([4])]
+    """
     x = checks.images(images).detach()
     checks.at_least(cap_targeted, "cap_targeted", 1)
     checks.at_least(cap_untargeted, "cap_untargeted", 1)
@@ -260,6 +276,15 @@ class Hu(_HuDetector):
 
     weights: the criteria's shares of false alarms, in their order; equal by default. `fit` sees clean images only: thresholds
     and settings chosen on attacked images, as in the paper's row "tuned on Adv", are `tune_hu`'s.
+
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> detector = Hu(cap_targeted=5, cap_untargeted=5).fit(classifier, torch.rand(10, 3, 2, 2))
+    >>> detector.score_samples(torch.rand(4, 3, 2, 2)).shape
+    torch.Size([4])
+
+    >>> detector = Hu().fit_criteria(classifier, Criteria(*[torch.arange(9.0)] * 3))
+    >>> detector.score_criteria(Criteria(*torch.tensor([[9.0], [4.0], [4.0]])))  # one criterion beyond all nine: 1 / (9 + 1)
+    tensor([0.1000], dtype=torch.float64)
     """
 
     def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0), **settings: Any) -> None:
@@ -272,7 +297,11 @@ class Hu(_HuDetector):
 
 
 class HuTuned(Hu):
-    """A `Hu` whose settings and weights were chosen on attacked images, by `tune_hu`."""
+    """A `Hu` whose settings and weights were chosen on attacked images, by `tune_hu`.
+
+    >>> HuTuned(sigma=0.1).tuned_on_anomalies, Hu(sigma=0.1).tuned_on_anomalies
+    (True, False)
+    """
 
     tuned_on_anomalies = True
 
@@ -283,6 +312,10 @@ class HuSelfCalibrated(_HuDetector):
     The paper says no more than that; the score is minus their sum. After `fit`: means_ and deviations_ (of n - 1 degrees of
     freedom), (3,) float64. A criterion that is the same for all clean images (all at the cap, say) cannot be standardised:
     its deviation is set to 0, the sum goes on without it, and a warning says so. ValueError when none is left.
+
+    >>> detector = HuSelfCalibrated().fit_criteria(nn.Identity(), Criteria(*[torch.tensor([0.0, 2.0, 4.0])] * 3))
+    >>> detector.score_criteria(Criteria(*torch.tensor([[6.0], [2.0], [2.0]])))  # two deviations above the mean, by one criterion
+    tensor([-2.], dtype=torch.float64)
     """
 
     def fit_criteria(self, classifier: nn.Module, measured: Criteria) -> Self:
@@ -318,6 +351,12 @@ def tune_hu(
     lr_untargeted) is the one with the largest AUROC of that criterion alone, the first of equals; then the weights, each from
     grid["weights"], are those with the largest AUROC of `any_of_three`. So the search costs as many measurements as
     the grid has settings, not their product. A key that `grid` lacks keeps its value of `settings`, keywords of `Hu`.
+
+    >>> classifier, clean = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
+    >>> caps = dict(cap_targeted=2, cap_untargeted=2)
+    >>> tuned = tune_hu(classifier, clean, clean.flip(-1), grid={"sigma": (0.1,), "weights": (1.0,)}, **caps)
+    >>> tuned.sigma, tuned.weights
+    (0.1, (1.0, 1.0, 1.0))
     """
     if unknown := sorted(set(grid) - set(GRID)):
         raise ValueError(f"grid: found {unknown}, expected keys among {list(GRID)}")

@@ -20,7 +20,16 @@ LARGEST_ELSE = 2**20
 
 
 def keep_encoder(run: Path, kept: Path) -> Path:
-    """The encoder of a finished training run, as float16, with its log -> its file in the folder `kept`."""
+    """The encoder of a finished training run, as float16, with its log -> its file in the folder `kept`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     run, kept = Path(folder, "run"), Path(folder, "kept")
+    ...     path = encoders.save_encoder(encoders.ResNet("resnet10", width=4, stem="cifar"), run / "encoder.safetensors")
+    ...     _ = record.write_atomically(run / "log.jsonl", "")
+    ...     keep_encoder(run, kept).stat().st_size < path.stat().st_size
+    True
+    """
     tensors, about = encoders.read_safetensors(run / "encoder.safetensors", encoders.FORMAT)
     about.pop("format")
     file = encoders.write_safetensors(kept / "encoder.safetensors", encoders.halved(tensors), encoders.FORMAT, **about)
@@ -29,7 +38,14 @@ def keep_encoder(run: Path, kept: Path) -> Path:
 
 
 def keep_results(folder: Path, kept: Path) -> list[Path]:
-    """The results, PNG figures and report of a results folder, each verified or complete -> their files in the folder `kept`."""
+    """The results, PNG figures and report of a results folder, each verified or complete -> their files in the folder `kept`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = record.write_atomically(f"{folder}/run/report.html", "<p>all of it</p>")
+    ...     [file.name for file in keep_results(Path(folder, "run"), Path(folder, "kept"))]
+    ['report.html']
+    """
     sources = [*sorted(folder.glob("[0-9][0-9]_*.json")), *sorted((folder / "figures").glob("*.png")), folder / "report.html"]
     made = []
     for source in sources:
@@ -42,7 +58,13 @@ def keep_results(folder: Path, kept: Path) -> list[Path]:
 
 
 def too_large(files: list[Path]) -> list[str]:
-    """What git should not hold, with its size."""
+    """What git should not hold, with its size.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     too_large([record.write_atomically(f"{folder}/figure.png", bytes(3 * 2**20))])
+    ['figure.png: 3.0 MiB']
+    """
     sizes = [(file, file.stat().st_size) for file in files]
     return [f"{file.name}: {size / 2**20:.1f} MiB" for file, size in sizes if size > LARGEST.get(file.suffix, LARGEST_ELSE)]
 

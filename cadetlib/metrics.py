@@ -28,14 +28,23 @@ _MAX_BYTES = 2**24  # of one chunk of replicates: more would fall out of the cac
 
 
 class Interval(NamedTuple):
-    """Both ends belong to the interval."""
+    """Both ends belong to the interval.
+
+    >>> interval = binomial_interval(5, 10)
+    >>> interval.low < 0.5 < interval.high
+    True
+    """
 
     low: float
     high: float
 
 
 class RocCurve(NamedTuple):
-    """Each (n_thresholds,), ascending: see `roc_curve`."""
+    """Each (n_thresholds,), ascending: see `roc_curve`.
+
+    >>> roc_curve([2.0], [1.0]).detection_rate.tolist()
+    [0.0, 1.0, 1.0]
+    """
 
     false_alarm_rate: Array
     detection_rate: Array
@@ -43,7 +52,12 @@ class RocCurve(NamedTuple):
 
 
 class SplitsInterval(NamedTuple):
-    """Mean of a statistic over splits, its interval over images, and the spread from split to split: see `splits_interval`."""
+    """Mean of a statistic over splits, its interval over images, and the spread from split to split: see `splits_interval`.
+
+    >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([3.0, 2.0], [4.0, 0.0])])
+    >>> result.minimum, result.mean, result.maximum
+    (0.5, 0.75, 1.0)
+    """
 
     mean: float
     low: float
@@ -54,7 +68,11 @@ class SplitsInterval(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """Statistic of detector a minus that of detector b, its interval and two-sided p-value: see `paired_difference`."""
+    """Statistic of detector a minus that of detector b, its interval and two-sided p-value: see `paired_difference`.
+
+    >>> paired_difference([3.0, 2.0], [1.0, 0.0], [3.0, 2.0], [4.0, 0.0], n_boot=200).difference
+    0.5
+    """
 
     difference: float
     low: float
@@ -63,14 +81,23 @@ class PairedDifference(NamedTuple):
 
 
 class DeLong(NamedTuple):
-    """AUROC of detector a minus that of detector b and its two-sided p-value: see `delong_test`."""
+    """AUROC of detector a minus that of detector b and its two-sided p-value: see `delong_test`.
+
+    >>> round(delong_test([3.0, 2.0, 1.0], [0.0, 1.5], [3.0, 2.0, 1.0], [0.0, 0.5]).difference, 4)
+    -0.1667
+    """
 
     difference: float
     p_value: float
 
 
 class FalsePositiveRate(NamedTuple):
-    """Where the true false positive rate of a calibrated threshold lies: see `beta_false_positive_interval`."""
+    """Where the true false positive rate of a calibrated threshold lies: see `beta_false_positive_interval`.
+
+    >>> rate = beta_false_positive_interval(99, 0.05)
+    >>> rate.expected, rate.low < 0.05 < rate.high
+    (0.05, True)
+    """
 
     expected: float
     low: float
@@ -263,6 +290,10 @@ def splits_interval(
     least about `level`.
     It does not cover the draw of the fitting images; what that adds shows in the spread from split to split, reported apart:
     standard_deviation (S - 1 in the divisor, NaN for a single split), minimum and maximum. Nor does it cover the encoder.
+
+    >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([5.0, 4.0], [1.0, 2.0])], n_boot=200)
+    >>> result.mean, result.standard_deviation
+    (1.0, 0.0)
     """
     if not len(pairs):
         raise ValueError("pairs: found no split, expected at least one (in_scores, out_scores)")
@@ -296,6 +327,10 @@ def paired_difference(
 
     in_a, in_b: (n,) and out_a, out_b: (m,), image by image. p_value, two-sided, for no difference: twice the smaller share of
     replicates on either side of 0, counted as (1 + k) / (1 + n_boot), hence never 0. For AUROC, `delong_test` needs no draws.
+
+    >>> same = [3.0, 2.0], [1.0, 2.5]
+    >>> paired_difference(*same, *same, n_boot=200).p_value
+    1.0
     """
     pairs = _same_images(in_a, out_a, in_b, out_b)
     a, b = _replicates(statistic, pairs, n_boot, seed)

@@ -35,18 +35,30 @@ PACKAGES = ("torch", "torchvision", "numpy", "timm", "cadetlib")
 
 
 def checkout() -> Path:
-    """The folder that holds notebooks/, params/ and outputs/: CADET_ROOT, else the one around this package."""
+    """The folder that holds notebooks/, params/ and outputs/: CADET_ROOT, else the one around this package.
+
+    >>> (checkout() / "cadetlib" / "record.py").is_file()
+    True
+    """
     return Path(os.environ.get("CADET_ROOT") or Path(__file__).resolve().parents[1]).resolve()
 
 
 def interpreter() -> str:
-    """This Python, as one calls it in the checkout: .venv/bin/python, or the whole path of another environment's."""
+    """This Python, as one calls it in the checkout: .venv/bin/python, or the whole path of another environment's.
+
+    >>> Path(shlex.split(interpreter())[0]).name == Path(sys.executable).name
+    True
+    """
     path = Path(sys.executable)
     return shlex.quote(str(path.relative_to(checkout()) if path.is_relative_to(checkout()) else path))
 
 
 def output_folder(profile: str, output: str = "") -> Path:
-    """Where a profile's results go: `output` (a relative one counts from the checkout), else outputs/<profile>."""
+    """Where a profile's results go: `output` (a relative one counts from the checkout), else outputs/<profile>.
+
+    >>> output_folder("digits").relative_to(checkout()).as_posix(), output_folder("digits", "/results/here").as_posix()
+    ('outputs/digits', '/results/here')
+    """
     return checkout() / (Path(output).expanduser() if output else Path("outputs", profile))
 
 
@@ -54,7 +66,11 @@ def output_folder(profile: str, output: str = "") -> Path:
 
 
 class Loaded(NamedTuple):
-    """A results file, verified."""
+    """A results file, verified.
+
+    >>> Loaded(results={"auroc": 0.9}, provenance={"notebook": "04_cadet_tables"}, digest=digest({"auroc": 0.9})).results
+    {'auroc': 0.9}
+    """
 
     results: dict[str, Any]
     provenance: dict[str, Any]
@@ -62,7 +78,13 @@ class Loaded(NamedTuple):
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> Path:
-    """Write a file under a temporary name, force it to the disk, rename it: a reader finds the old, the new, or none."""
+    """Write a file under a temporary name, force it to the disk, rename it: a reader finds the old, the new, or none.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_atomically(f"{folder}/new/note.txt", "whole").read_text()
+    'whole'
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -79,17 +101,32 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values, equal text. Floats keep every digit; NaN and infinities are refused."""
+    """JSON with sorted keys and no spaces: equal values, equal text. Floats keep every digit; NaN and infinities are refused.
+
+    >>> canonical({"b": [0.1, None], "a": "γ"})
+    '{"a":"γ","b":[0.1,null]}'
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the canonical text, in hexadecimal."""
+    """SHA-256 of the canonical text, in hexadecimal.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), len(digest({}))
+    (True, 64)
+    """
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def read(path: str | Path) -> Loaded:
-    """A results file that verifies. FileNotFoundError when there is none, ValueError when it is damaged or something else."""
+    """A results file that verifies. FileNotFoundError when there is none, ValueError when it is damaged or something else.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = start("08_report", {"output": folder}).save(auroc=0.9)
+    ...     read(path).results
+    {'auroc': 0.9}
+    """
     path = Path(path)
     try:
         document = json.loads(path.read_bytes())
@@ -107,7 +144,14 @@ def read(path: str | Path) -> Loaded:
 
 
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(results, provenance) of a results file that verifies; errors as in `read`."""
+    """(results, provenance) of a results file that verifies; errors as in `read`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     results, provenance = load(start("08_report", {"output": folder}).save(auroc=0.9))
+    >>> results, provenance["notebook"]
+    ({'auroc': 0.9}, '08_report')
+    """
     return read(path)[:2]
 
 
@@ -118,6 +162,12 @@ def kept_files(folder: Path, name: str, results: Any) -> dict[str, str]:
     """What the notebook `name` left beside its results file: path below `folder` -> SHA-256 of the file.
 
     These are its figures, and the files that its results name by their path from the folder: encoders, image sets, a report.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = write_atomically(f"{folder}/encoder.safetensors", "weights")
+    ...     list(kept_files(Path(folder), "01_pretraining", {"encoder": "encoder.safetensors", "note": "no file"}))
+    ['encoder.safetensors']
     """
     named = {text for text in _texts(results) if _names_a_file(folder, text)}
     about = [path for path in (folder / "figures").glob("*.json") if _drawn_by(path) == name]
@@ -126,7 +176,13 @@ def kept_files(folder: Path, name: str, results: Any) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     file_digest(write_atomically(f"{folder}/abc.txt", "abc"))[:8]
+    'ba7816bf'
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -154,12 +210,23 @@ def _drawn_by(about: Path) -> str | None:
 
 
 def forced() -> bool:
-    """Whether this notebook is run by `reproduce --force`, which redoes also what was finished before: CADET_FORCE is 1."""
+    """Whether this notebook is run by `reproduce --force`, which redoes also what was finished before: CADET_FORCE is 1.
+
+    >>> forced()
+    False
+    """
     return os.environ.get("CADET_FORCE") == "1"
 
 
 def set_aside(folder: str | Path) -> Path | None:
-    """Rename a folder, as by --force, to the first free of <folder>.old-1, .old-2, ... -> its new path; None without one."""
+    """Rename a folder, as by --force, to the first free of <folder>.old-1, .old-2, ... -> its new path; None without one.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     (Path(folder) / "contrastive").mkdir()
+    ...     set_aside(f"{folder}/contrastive").name, set_aside(f"{folder}/contrastive")
+    ('contrastive.old-1', None)
+    """
     folder = Path(folder)
     if not folder.exists():
         return None
@@ -221,7 +288,13 @@ def _relative(path: Path, folder: Path, name: str) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """The checkout's commit and whether files differ from it; None without git, without a commit, or below another repository."""
+    """The checkout's commit and whether files differ from it; None without git, without a commit, or below another repository.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     print(git_state(Path(folder)))
+    None
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -236,7 +309,11 @@ def git_state(root: Path) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers depend on; None for what is not installed."""
+    """Versions of Python and of the packages that numbers depend on; None for what is not installed.
+
+    >>> list(versions())
+    ['python', 'torch', 'torchvision', 'numpy', 'timm', 'cadetlib']
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -247,7 +324,11 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, usable cores, memory in GiB and names of the GPUs; never the machine's name."""
+    """Processor, usable cores, memory in GiB and names of the GPUs; never the machine's name.
+
+    >>> list(hardware())
+    ['cpu', 'cores', 'memory_gib', 'gpus']
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
@@ -292,7 +373,15 @@ def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """One run of one notebook: where it writes, what it needs, what it saves. Made by `start`."""
+    """One run of one notebook: where it writes, what it needs, what it saves. Made by `start`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     run = start("08_report", {"output": folder})
+    ...     _ = run.save(p_values=(0.5, 0.25))
+    ...     run.path.name, run.load(), run.provenance()["parameters"]["profile"]
+    ('08_report.json', {'p_values': [0.5, 0.25]}, 'digits')
+    """
 
     name: str
     parameters: dict[str, Any]
@@ -388,7 +477,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG that a notebook shows at half its pixels, with its alternative text, which also stands for it in a log."""
+    """A PNG that a notebook shows at half its pixels, with its alternative text, which also stands for it in a log.
+
+    >>> Picture(png=b"", alt="AUROC rises with the number of views")
+    Picture(alt='AUROC rises with the number of views')
+    """
 
     png: bytes = field(repr=False)
     alt: str
@@ -425,6 +518,11 @@ def start(name: str, namespace: Mapping[str, Any]) -> Run:
 
     Takes the current values of the parameters that notebooks/<name>.ipynb declares, `profile` and `output` among them, and
     checks them once more, for a notebook can be run by papermill alone or by hand. ValueError as in `parameters.validate`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     start("08_report", {"output": folder, "profile": "mine"}).parameters["profile"]
+    'mine'
     """
     notebook = checkout() / "notebooks" / f"{name}.ipynb"
     if not notebook.exists():

@@ -37,7 +37,12 @@ _TIE = 1e-12  # statistics of one split, summed in another order, differ by less
 
 @dataclass(frozen=True)
 class Halves:
-    """Both samples in halves: learn on the first, test on the second."""
+    """Both samples in halves: learn on the first, test on the second.
+
+    >>> x, y = torch.rand(10, 3), torch.rand(10, 3)
+    >>> Halves(x[:5], y[:5], x[5:], y[5:]).x_test.shape
+    torch.Size([5, 3])
+    """
 
     x_train: Tensor
     y_train: Tensor
@@ -55,6 +60,10 @@ def split_halves(x: Any, y: Any, generator: torch.Generator, at_least: int = 4) 
     """Each sample in random order, cut in two: floor(n / 2) to learn on, the rest to test on.
 
     x, y: equal shapes (n, D) or (n, 3, H, W), n >= `at_least`; ValueError names what is not so.
+
+    >>> halves = split_halves(torch.rand(9, 2), torch.rand(9, 2), torch.Generator().manual_seed(0))
+    >>> len(halves.x_train), len(halves.x_test)
+    (4, 5)
     """
     x, y = _sample(x, "x"), _sample(y, "y")
     if x.shape != y.shape:
@@ -146,7 +155,12 @@ def _check_training(n_epochs: int, batch_size: int, n_perm: int, image_size: int
 
 @dataclass(frozen=True)
 class MeanEmbeddingResult:
-    """What the ME test found. `p_value` comes from a known distribution, hence there is no null of permutations."""
+    """What the ME test found. `p_value` comes from a known distribution, hence there is no null of permutations.
+
+    >>> result = MeanEmbeddingResult(statistic=3.0, p_value=0.2, locations=torch.zeros(5, 2), width=1.0)
+    >>> result.p_value <= 0.05
+    False
+    """
 
     statistic: float
     p_value: float
@@ -155,7 +169,12 @@ class MeanEmbeddingResult:
 
 
 def gaussian_features(points: Tensor, locations: Tensor, width: Tensor | float) -> Tensor:
-    """exp(-|x - v|^2 / (2 width^2)): points (n, D), locations (J, D) -> (n, J)."""
+    """exp(-|x - v|^2 / (2 width^2)): points (n, D), locations (J, D) -> (n, J).
+
+    >>> gaussian_features(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0]]), width=1.0)  # 1 and exp(-2)
+    tensor([[1.0000],
+            [0.1353]])
+    """
     return (-_squared_distances(points, locations) / (2 * width**2)).exp()
 
 
@@ -225,6 +244,10 @@ def me_test(
     half of n is not large against J, which is why "F" is the default. Measured at level 0.05 without a shift (J = 5, Gaussian
     samples, D = 16, 200 draws each): n = 50: chi2 0.165 [0.116, 0.224], F 0.060 [0.031, 0.102]; n = 100: chi2 0.095
     [0.058, 0.144], F 0.055 [0.028, 0.096]; n = 200: chi2 0.055 [0.028, 0.096], F 0.045 [0.021, 0.084].
+
+    >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    >>> me_test(x, x + 2, n_steps=20).p_value < 0.001
+    True
     """
     checks.at_least(n_locations, "n_locations", 1)
     checks.at_least(n_steps, "n_steps", 0)
@@ -252,6 +275,10 @@ def permuted_mean_differences(values: Tensor, n_perm: int, generator: torch.Gene
     """Mean of the first half minus mean of the second, as they stand and for n_perm permutations of the halves.
 
     values: (2m,) -> (1 + n_perm,) float64. All at once: one product with a matrix of signs.
+
+    >>> values = permuted_mean_differences(torch.tensor([3.0, 1.0, 0.0, 0.0]), n_perm=5, generator=torch.Generator().manual_seed(0))
+    >>> len(values), float(values[0])
+    (6, 2.0)
     """
     m = len(values) // 2
     observed = torch.arange(2 * m)[None]
@@ -265,13 +292,22 @@ def accuracy_test(logits: Tensor, n_perm: int, generator: torch.Generator) -> Te
 
     Accuracy = 1/2 + (mean of the predictions ±1 over x - mean over y) / 4. One-sided: a classifier worse than chance has not
     told the samples apart.
+
+    >>> logits = torch.tensor([1.0, 2.0, -1.0, 3.0, -2.0, -1.0, -3.0, -1.0])  # four of x, one of them wrong, then four of y
+    >>> accuracy_test(logits, n_perm=100, generator=torch.Generator().manual_seed(0)).statistic
+    0.875
     """
     predictions = torch.where(logits > 0, 1.0, -1.0)
     return _permutation_result(0.5 + permuted_mean_differences(predictions, n_perm, generator) / 4, 1.0)
 
 
 def logit_test(logits: Tensor, n_perm: int, generator: torch.Generator) -> TestResult:
-    """C2ST-L: mean logit of x minus mean logit of y on test points (m of x, then m of y), permuting the labels."""
+    """C2ST-L: mean logit of x minus mean logit of y on test points (m of x, then m of y), permuting the labels.
+
+    >>> logits = torch.tensor([1.0, 3.0, -1.0, -2.0])
+    >>> logit_test(logits, n_perm=100, generator=torch.Generator().manual_seed(0)).statistic
+    3.5
+    """
     return _permutation_result(permuted_mean_differences(logits, n_perm, generator), float(logits.abs().max()))
 
 
@@ -331,6 +367,11 @@ def mmd_and_variance(gram: Tensor) -> tuple[Tensor, Tensor]:
 
     With h_ij = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j): MMD_u is the mean of h_ij over i != j, and the variance
     4 (mean_i (mean_j h_ij)^2 - (mean_ij h_ij)^2), i = j included.
+
+    >>> gram = torch.eye(4)  # two points of x and two of y, each like itself alone
+    >>> mmd_u, variance = mmd_and_variance(gram)
+    >>> float(mmd_u), float(variance)
+    (0.0, 0.0)
     """
     n = len(gram) // 2
     h = gram[:n, :n] + gram[n:, n:] - gram[:n, n:] - gram[n:, :n]
@@ -344,6 +385,10 @@ class DeepKernel(nn.Module):
 
     The widths start from the medians of the training half, at any scale of the data. Liu et al. start from constants, s0 = 0.005
     and s = 2048, where the medians of 200 CIFAR-10 images are 0.023 and 5139. e starts at 1e-10, as theirs does.
+
+    >>> kernel, inputs = DeepKernel((2,)), torch.rand(6, 2)
+    >>> kernel(inputs, torch.cdist(inputs, inputs) ** 2).shape
+    torch.Size([6, 6])
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -371,7 +416,14 @@ class DeepKernel(nn.Module):
 def train_deep_kernel(
     x: Tensor, y: Tensor, n_epochs: int, batch_size: int, learning_rate: float, seed: int, generator: torch.Generator
 ) -> DeepKernel:
-    """The kernel that maximises MMD_u / sqrt(variance + 1e-8) between x and y, network inputs of equal shapes."""
+    """The kernel that maximises MMD_u / sqrt(variance + 1e-8) between x and y, network inputs of equal shapes.
+
+    >>> x, y = torch.rand(20, 2), torch.rand(20, 2) + 1
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> kernel = train_deep_kernel(x, y, n_epochs=2, batch_size=10, learning_rate=1e-3, seed=0, generator=generator)
+    >>> kernel(x, torch.cdist(x, x) ** 2).shape
+    torch.Size([20, 20])
+    """
     shape = tuple(x.shape[1:])
     kernel = _seeded(lambda: DeepKernel(shape), seed, x.device)
     assert isinstance(kernel, DeepKernel)
@@ -392,6 +444,11 @@ def gram_permutation_test(gram: Tensor, n_perm: int, generator: torch.Generator)
     """MMD_u of the first half of the rows against the second, by permutation; gram: (2n, 2n) of values in [0, 1].
 
     One Gram matrix serves every permutation (see cadetlib.mmd, whose signs and pairs these are).
+
+    >>> gram = torch.block_diag(torch.ones(10, 10), torch.ones(10, 10))  # all of x alike, all of y alike, and nothing across
+    >>> result = gram_permutation_test(gram, n_perm=99, generator=torch.Generator().manual_seed(0))
+    >>> result.statistic, result.p_value
+    (2.0, 0.01)
     """
     n = len(gram) // 2
     splits = torch.cat([torch.arange(2 * n).expand(1, 1, -1), mmd.random_splits(1, n_perm, 2 * n, generator)], dim=1)
@@ -415,6 +472,10 @@ def mmd_d_test(
     x, y: (n, D) embeddings (features by an MLP D-128-128-300) or (n, 3, H, W) images (four convolutions at `image_size`),
     n >= 4. The defaults are those of Liu et al. on CIFAR-10.1. One core needs about 80 s for 200 images of each, 5 s for 200
     embeddings (D = 256), and C2ST about 75 s and 3 s: both grow with n and with `n_epochs`.
+
+    >>> x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    >>> round(mmd_d_test(x, 3 - x, n_epochs=5).p_value, 2)  # the smallest of 100 permutations
+    0.01
     """
     _check_training(n_epochs, batch_size, n_perm, image_size)
     generator = torch.Generator().manual_seed(seed)
@@ -439,6 +500,10 @@ def pooled_mmd_test(x: Any, y: Any, seed: int = 0, n_perm: int = 500) -> TestRes
     """MMD with the cosine kernel (`cadetlib.mmd.mmd_test`): x, y (n, D), or images taken as vectors of pixels.
 
     The paper's kernel is the cosine of an encoder's embeddings: embed images first, unless pixels are what you mean.
+
+    >>> x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> round(pooled_mmd_test(x, x + 2, n_perm=99).p_value, 2)
+    0.01
     """
     return mmd.mmd_test(_vectors(x, "x"), _vectors(y, "y"), n_perm, seed)
 
@@ -447,6 +512,10 @@ def clean_mmd_test(x: Any, y: Any, seed: int = 0, n_perm: int = 500) -> TestResu
     """MMD-CC (`cadetlib.mmd.mmd_cc_test`): x holds 2n samples of the reference, S_P(1) its first n and S_P(2) its last n.
 
     y: n samples in question. Images are taken as vectors of pixels, as in `pooled_mmd_test`.
+
+    >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    >>> round(clean_mmd_test(x, x[:30] + 2, n_perm=99).p_value, 2)
+    0.01
     """
     x, y = _vectors(x, "x"), _vectors(y, "y")
     if len(x) != 2 * len(y):
