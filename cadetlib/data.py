@@ -12,6 +12,7 @@ A colon adds a corruption and its severity: `cifar10-test:jpeg-1` is the set mad
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import os
@@ -35,13 +36,20 @@ from cadetlib.views import resize_to
 if TYPE_CHECKING:
     import PIL.Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+KINDS = ".png, .jpg or another ending of images that Pillow reads"
+_NO_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names and cannot read them by itself
 MNIST_MD5 = "2646ac647ad5339dbf082846283269ea"  # of t10k-images-idx3-ubyte, uncompressed
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (N, 3, H, W) uint8 with labels (N,) int64 where there are any, under the name of what they are."""
+    """Images (N, 3, H, W) uint8 with labels (N,) int64 where there are any, under the name of what they are.
+
+    >>> digits = load("digits")
+    >>> sevens = digits.of_classes([7])[:10].resized(32)
+    >>> sevens.name, sevens.images.shape, sevens.labels.unique().tolist()
+    ('digits', torch.Size([10, 3, 32, 32]), [7])
+    """
 
     name: str
     images: Tensor
@@ -81,7 +89,13 @@ class FolderSet(ImageSet):
     """Image files of any size, not read before `resized` asks for them; `images` is (N, 3, 0, 0) and holds no pixel.
 
     `files` (N,) are paths from `folder` on, as bytes in one block: a million of them cost little, also in forked processes.
-    Chosen from like any ImageSet, so that what is not chosen is never read.
+    Chosen from like any ImageSet, so that what is not chosen is never read. `folder_set` makes one.
+
+    >>> files = np.array([b"cat/1.jpg", b"cat/2.jpg", b"dog/1.jpg"])
+    >>> pets = FolderSet("pets", torch.empty(3, 3, 0, 0), torch.tensor([0, 0, 1]), Path("pets"), files)
+    >>> dogs = pets.of_classes([1])
+    >>> len(dogs), str(dogs.path(0))
+    (1, 'pets/dog/1.jpg')
     """
 
     folder: Path = Path()
@@ -115,13 +129,19 @@ class FolderSet(ImageSet):
 
 
 def folder_set(folder: str | Path, name: str = "") -> FolderSet:
-    """The image files below a folder, in the order of `image_files`; labels are the numbers of its sub-folders, if there are any.
+    """The image files below a folder, in the order of `files_below`; labels are the numbers of its sub-folders, if there are any.
 
     FileNotFoundError when there is no image.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "cat.jpg").touch()  # empty, and no error: it is not read yet
+    ...     folder_set(folder, "pets").files.tolist()
+    [b'cat.jpg']
     """
-    found = list(_listed(str(folder)))
+    found = list(images_below(folder))
     if not found:
-        raise FileNotFoundError(f"found no image files below {folder}, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(f"found no image files below {folder}, expected files ending in {KINDS}")
     tops = [path.partition("/")[0] if "/" in path else "" for path in found]
     number = {top: i for i, top in enumerate(dict.fromkeys(tops))}
     labels = torch.tensor([number[top] for top in tops]) if len(number) > 1 else None
@@ -130,19 +150,14 @@ def folder_set(folder: str | Path, name: str = "") -> FolderSet:
     return FolderSet(name or Path(folder).name, placeholder, labels, Path(folder), files)
 
 
-def _listed(folder: str, inside: str = "") -> Iterator[str]:
-    """Paths, from `folder` on, of all image files below it, sorted folder by folder."""
-    with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir(), entry.path) for entry in entries)
-    for name, is_folder, path in found:
-        if is_folder:
-            yield from _listed(path, f"{inside}{name}/")
-        elif name.lower().endswith(IMAGE_SUFFIXES):
-            yield inside + name
-
-
 def root() -> Path:
-    """The data root: CADET_DATA, else data/ beside the package."""
+    """The data root: CADET_DATA, else data/ beside the package.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, CADET_DATA="~/sets"):
+    ...     root() == Path.home() / "sets"
+    True
+    """
     return Path(os.environ.get("CADET_DATA") or Path(__file__).resolve().parents[1] / "data").expanduser()
 
 
@@ -264,18 +279,100 @@ def _mnist(folder: Path, name: str, download: bool) -> ImageSet:
     return ImageSet(name, _rgb(padded), torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).copy()).long())
 
 
+# --- image files --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The endings of the files that Pillow reads, in lower case.
+
+    >>> {".png", ".jpeg", ".tif", ".webp", ".jp2"} <= suffixes(), ".mp4" in suffixes()
+    (True, False)
+    """
+    from PIL import Image
+
+    Image.init()
+    readable = set(Image.OPEN) - _NO_DECODER
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in readable)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's name ends as that of an image; hidden files, as macOS leaves beside each file, do not count.
+
+    >>> [is_image(path) for path in ("cats/1.JPG", "cats/._1.JPG", "cats/notes.txt")]
+    [True, False, False]
+    """
+    name = os.path.basename(path)
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes()
+
+
+def files_below(folder: str | Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Paths, from `folder` on, of all files below it, sorted folder by folder: the same order on every machine.
+
+    Links to folders are followed, but not in a circle. `inside` and `above` are for its own use: where it is, and the folders
+    (device, inode) on the way there. FileNotFoundError when there is no such folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for path in ("b.png", "a/2.png", "a/10.png"):
+    ...         Path(folder, path).parent.mkdir(exist_ok=True)
+    ...         Path(folder, path).touch()
+    ...     list(files_below(folder))
+    ['a/10.png', 'a/2.png', 'b.png']
+    """
+    if not above and not os.path.isdir(folder):
+        raise FileNotFoundError(f"found no folder {folder}, expected one with images, in sub-folders or not")
+    place = os.stat(folder)
+    here = (place.st_dev, place.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir(), entry.path) for entry in entries)
+    for name, is_folder, path in found:
+        if is_folder:
+            yield from files_below(path, f"{inside}{name}/", above | {here})
+        else:
+            yield inside + name
+
+
+def images_below(folder: str | Path) -> Iterator[str]:
+    """Those of `files_below` that are images by their names.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("b.png", "a.jpg", "notes.txt"):
+    ...         Path(folder, name).touch()
+    ...     list(images_below(folder))
+    ['a.jpg', 'b.png']
+    """
+    return (path for path in files_below(folder) if is_image(path))
+
+
 def image_files(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted by relative path."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """All image files below a folder, in the order of `images_below`; FileNotFoundError when there is none.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "cat.jpg").touch()
+    ...     image_files(folder) == [Path(folder, "cat.jpg")]
+    True
+    """
+    files = [Path(folder, path) for path in images_below(folder)]
     if not files:
-        raise FileNotFoundError(f"found no image files below {folder}, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(f"found no image files below {folder}, expected files ending in {KINDS}")
     return files
 
 
 @contextmanager
 def opened_image(path: Path) -> Iterator[PIL.Image.Image]:
-    """An image file, opened and not yet decoded; ValueError when it turns out to be damaged or no image."""
+    """An image file, opened and not yet decoded; ValueError when it turns out to be damaged or no image.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".png") as file, opened_image(Path(file.name)) as opened:
+    ...     opened.size  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ...: found no readable image ...
+    """
     from PIL import Image
 
     try:
@@ -288,9 +385,16 @@ def opened_image(path: Path) -> Iterator[PIL.Image.Image]:
 
 
 def upright_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
-    """The image decoded: turned as its EXIF tells, RGB, 16-bit greys scaled to 8 bits."""
+    """The image decoded: turned as its EXIF tells, RGB, 16-bit greys scaled to 8 bits; ValueError for one without a pixel.
+
+    >>> from PIL import Image
+    >>> upright_rgb(Image.new("I;16", (1, 1), 514)).getpixel((0, 0))  # 514 of 65,535 is 2 of 255
+    (2, 2, 2)
+    """
     from PIL import Image, ImageOps
 
+    if 0 in opened.size:
+        raise ValueError(f"of size {opened.size[0]} x {opened.size[1]}")
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
@@ -301,6 +405,14 @@ def read_image(path: Path, size: int) -> Tensor:
     """One image file as (3, size, size) uint8: upright, RGB, 16-bit greys scaled; shorter side resized, centre crop.
 
     ValueError for a file that is damaged or no image.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+    ...     Image.new("L", (60, 40), 255).save(file.name)
+    ...     image = read_image(Path(file.name), size=32)
+    >>> image.shape, image.unique().tolist()
+    (torch.Size([3, 32, 32]), [255])
     """
     with opened_image(path) as opened:
         array = np.array(upright_rgb(opened))
@@ -308,7 +420,18 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def folder_images(folder: str | Path, size: int, name: str = "") -> ImageSet:
-    """All images below a folder, brought to `size`; labels are the numbers of their sub-folders, if there are any."""
+    """All images below a folder, brought to `size`; labels are the numbers of their sub-folders, if there are any.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for kind in ("cats", "dogs"):
+    ...         Path(folder, kind).mkdir()
+    ...         Image.new("RGB", (40, 30)).save(Path(folder, kind, "1.png"))
+    ...     pets = folder_images(folder, size=16)
+    >>> pets.images.shape, pets.labels.tolist()
+    (torch.Size([2, 3, 16, 16]), [0, 1])
+    """
     files = image_files(folder)
     parents = sorted({p.parent for p in files})
     labels = torch.tensor([parents.index(p.parent) for p in files]) if len(parents) > 1 else None
@@ -434,6 +557,10 @@ def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
     """The sets that are there, and for each that is not the reason why: its row is left out, never filled by another.
 
     The reasons go into results, and so name the data root as <data root> and not by its place.
+
+    >>> found, reasons = available(["digits"])
+    >>> [images.name for images in found], reasons
+    (['digits'], {})
     """
     tried = _tried(names)
     reasons = {k: str(v).replace(str(root()), "<data root>") for k, v in tried.items() if isinstance(v, FileNotFoundError)}
@@ -441,7 +568,11 @@ def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """For each of the sets that is not there, one line that says so, where it was looked for, and what to do."""
+    """For each of the sets that is not there, one line that says so, where it was looked for, and what to do.
+
+    >>> missing(["digits"])  # scikit-learn carries it
+    []
+    """
     return [str(found) for found in _tried(names).values() if isinstance(found, FileNotFoundError)]
 
 
@@ -462,6 +593,12 @@ def check_profile(profile: str) -> bool:
     """Print one table of all sets that a profile's parameters name, and how to get what is missing; True when all are there.
 
     Sets of files are counted and not read.
+
+    >>> check_profile("digits")  # doctest: +ELLIPSIS
+    sets of the profile digits below ..., the data root (CADET_DATA):
+    <BLANKLINE>
+    ...
+    True
     """
     rows, steps = [], []
     for name, notebooks in imagenet.sets_of(profile).items():

@@ -112,6 +112,7 @@ def _paired_sums(z: Tensor, partner: Tensor, step: int) -> Tensor:
         # A pair within the block is met from both of its ends, one that leads out of it from here alone (below 0: before).
         times = (mate >= 0).to(z.dtype) + (mate >= len(rows))
         total += (columns.gather(0, mate.clamp(min=0)) * times).sum(-1, dtype=torch.float64)
+        del columns  # else the next block is made beside this one, and twice the bytes are held
     return total
 
 

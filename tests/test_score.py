@@ -3,15 +3,24 @@
 import csv
 import os
 import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import weakref
+import zlib
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, data, encoders, score, thresholds
+from cadetlib import cadet, data, encoders, reproduce, score, thresholds
 from cadetlib.cadet import CADet
 
 FORMATS = {"a.png": {}, "b.jpg": {}, "deep/er/c.webp": {}, "deep/d.tiff": {}, "e.gif": {}, "f.bmp": {}, "g.ppm": {}, "h.jp2": {}}
@@ -168,6 +177,68 @@ def test_no_more_than_two_chunks_are_held(home, tmp_path, monkeypatch):
     assert held == [0] and len(most) == 27 and max(most) <= 8
 
 
+def test_fit_holds_no_more_for_more_images(home, detector, monkeypatch):
+    """X_val(1) may be a whole training set: of 12 chunks, the images of three and the view sums of two are there at a time."""
+    monkeypatch.setattr(score, "_CHUNK", 1)
+    fitted = CADet(detector.encoder, **detector.settings(), batch_size=detector.n_views)  # an image a forward pass, and a chunk
+    decode, sums_of_chunk, images, sums, most = score.decode, score.sums_of_chunk, [], [], [0, 0]
+
+    def alive(references):
+        return sum(reference() is not None for reference in references)
+
+    def remember(*arguments):
+        found = decode(*arguments)
+        images.append(weakref.ref(found.image))
+        return found
+
+    def look(*arguments):
+        found = sums_of_chunk(*arguments)
+        sums.append(weakref.ref(found[1]))
+        most[:] = max(most[0], alive(images)), max(most[1], alive(sums))
+        return found
+
+    monkeypatch.setattr(score, "decode", remember)
+    monkeypatch.setattr(score, "sums_of_chunk", look)
+    score.fit_folders(fitted, home / "reference", home / "calibration", workers=1)
+    assert len(images) == len(sums) == 12 + 39 and most[0] <= 3 and most[1] <= 2
+
+
+def header_only_png(width, height):
+    """A PNG that says its size and has no pixels: whoever believes it asks for as much memory."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+DAMAGED = {  # each made decoders of this environment raise something else
+    "DecompressionBombError": ("bomb.png", header_only_png(60_000, 60_000)),
+    "UnidentifiedImageError": ("text.jpg", b"no image"),
+    "ValueError": ("no_pixel.ppm", b"P6 0 3 255 "),
+    "SyntaxError": ("header.png", header_only_png(8, 8)[:-1] + b"x"),
+}
+
+
+@pytest.mark.parametrize("name, content", DAMAGED.values(), ids=DAMAGED)
+def test_whatever_a_decoder_says_the_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: found no readable image .*; replace or remove it"):
+        data.read_image(tmp_path / name, 8)
+    found = score.decode(tmp_path, name, 8)
+    assert found.image is None and "found no readable image" in found.error and str(tmp_path) not in found.error
+
+
+@pytest.mark.parametrize("error", [struct.error, EOFError, IndexError, ValueError, OSError, SyntaxError, ZeroDivisionError])
+def test_errors_in_the_middle_of_a_file_are_the_file_s(tmp_path, monkeypatch, error):
+    picture(0).save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise error("unpack requires 4 bytes")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ValueError, match=r"a.png: found no readable image .unpack requires 4 bytes"):
+        data.read_image(tmp_path / "a.png", 8)
+
+
 class Blind(nn.Module):
     """Sees nothing in dark images."""
 
@@ -275,3 +346,132 @@ def test_p_values_of_a_real_encoder_are_uniform_over_splits():
         detector.fit_sums(sums[reference], sums[calibration])
         p += cadet.p_values(detector.calibration_scores_, detector.score_sums(sums[test])).tolist()
     assert chi_square(p, 39) > 0.001
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """What a single process writes: the table, and what is stated beside it."""
+    out = tmp_path_factory.mktemp("whole") / "p.csv"
+    run("score", home, "--out", out)
+    return out.read_bytes(), Path(f"{out}.settings.json").read_bytes()
+
+
+def written(out):
+    return out.read_bytes(), Path(f"{out}.settings.json").read_bytes()
+
+
+@pytest.mark.parametrize("n", [1, 3, 30])  # of 27 files: some parts of 30 are empty
+def test_parts_are_the_single_process_s_table_byte_for_byte(home, tmp_path, monkeypatch, whole, n, capfd):
+    out = tmp_path / "p.csv"
+    for i in range(n, 0, -1):
+        assert run("score", home, "--out", out, "--part", f"{i}/{n}") in (0, score.SOME_FAILED) and not out.exists()
+    monkeypatch.setattr(score, "_begin", None)  # all parts are there: no process is started
+    capfd.readouterr()
+    assert run("score", home, "--out", out, "--parts", n) == score.SOME_FAILED
+    assert "27 files, 24 scored" in capfd.readouterr().err
+    assert written(out) == whole and len(list(tmp_path.iterdir())) == 2
+    assert run("score", home, "--out", out, "--parts", n) == run("score", home, "--out", out) == score.SOME_FAILED
+    assert written(out) == whole, "a merged table is a finished one"
+
+
+def test_a_merge_names_what_it_lacks_and_writes_nothing(home, tmp_path, capfd, whole):
+    out, images = tmp_path / "p.csv", fill(tmp_path / "images", [f"{i}.png" for i in range(8)], 500)
+    folder = ["--images", images, "--out", out]
+
+    def parts(*numbers, options=()):
+        return [run("score", home, *folder, "--part", f"{i}/4", *options) for i in numbers]
+
+    def refused(*options):
+        capfd.readouterr()
+        assert run("score", home, *folder, "--merge", 4, *options) == 1 and not out.exists()
+        assert not list(tmp_path.glob(".*")), "half a table was left"
+        return capfd.readouterr().err
+
+    assert parts(1, 3) + parts(4, options=["--alpha", 0.3]) == [0, 0, 0]
+    third = tmp_path / "p.csv.part-3-of-4"
+    scored = third.read_bytes()
+    third.write_bytes(scored[:-3])
+    said = refused()
+    assert re.findall(r"part-(.)-of-4: found (no such table|. files in it|a table of another threshold), expected", said) == [
+        ("2", "no such table"),
+        ("3", "1 files in it"),
+        ("4", "a table of another threshold"),
+    ]
+    assert parts(4) == [1] and "part-4-of-4: found a file of another threshold" in capfd.readouterr().err
+    (tmp_path / "p.csv.part-4-of-4").unlink()
+    assert parts(2, 3, 4) == [0, 0, 0] and third.read_bytes() == scored, "an unfinished part was not gone on with"
+    lines = scored.splitlines(keepends=True)
+    third.write_bytes(scored + lines[-1])
+    assert "part-3-of-4: found 3 files in it, expected 2" in refused()
+    third.write_bytes(b"".join([lines[0], *lines[:0:-1]]))
+    assert "part-3-of-4: found the file '5.png' in it, expected '4.png' here" in refused()
+    third.write_bytes(scored)
+    picture(1).save(images / "new.png")
+    said = refused()
+    assert all(f"part-{i}-of-4: found a table of another listing" in said for i in range(1, 5))
+    (images / "new.png").unlink()
+    other = home / "other.safetensors"
+    assert run("fit", home, "--n-views", 6, "--seed", 6, "--out", other) == 0
+    assert "part-2-of-4: found a table of another detector" in refused("--detector", other)
+    assert run("score", home, *folder, "--merge", 4) == 0 and len(table(out)) == 8
+    picture(1).save(images / "new.png")
+    assert run("score", home, *folder, "--merge", 4) == 1 and "lacks 1 files" in capfd.readouterr().err
+    for wrong in ("0/4", "5/4", "2", "-1/4", "a/b"):
+        assert run("score", home, *folder, f"--part={wrong}") == 1 and "expected I/N with I from 1 to N" in capfd.readouterr().err
+
+
+def test_each_gpu_has_a_process_that_goes_on_with_its_part(home, tmp_path, monkeypatch, whole, capfd):
+    """Two real processes; which GPU they are told of is seen, though there is none here."""
+    out, popen, begun = tmp_path / "p.csv", subprocess.Popen, []
+
+    def spy(command, **options):
+        begun.append((command[-1], options["env"]["CUDA_VISIBLE_DEVICES"]))
+        return popen(command, **options)
+
+    run("score", home, "--out", out, "--part", "2/2")
+    second = tmp_path / "p.csv.part-2-of-2"
+    second.write_bytes(b"".join(second.read_bytes().splitlines(keepends=True)[:5]) + b"cut")
+    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["3", "7"])
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    assert run("score", home, "--out", out, "--gpus", "1,0", "--device", "cpu") == 1 and "one GPU" in capfd.readouterr().err
+    assert run("score", home, "--out", out, "--gpus", "1,0") == score.SOME_FAILED
+    assert begun == [("--part=1/2", "7"), ("--part=2/2", "3")]
+    assert written(out) == whole and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_process_that_dies_fails_the_whole_by_name(home, tmp_path, monkeypatch, capfd):
+    popen, begun = subprocess.Popen, []
+
+    def kill_the_second(command, **options):
+        begun.append(popen(command, **options))
+        if command[-1] == "--part=2/3":
+            begun[-1].kill()
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", kill_the_second)
+    assert run("score", home, "--out", tmp_path / "p.csv", "--parts", 3) == 1
+    said = capfd.readouterr().err
+    assert "part 2/3: found its process ended by SIGKILL" in said and "p.csv.part-2-of-3" in said
+    assert len(begun) == 3 and all(process.returncode == -signal.SIGTERM for process in (begun[0], begun[2]))
+    assert not (tmp_path / "p.csv").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_the_parts_end_with_their_parent(home, tmp_path):
+    options = ["--detector", home / "detector.safetensors", "--images", home / "images", "--out", tmp_path / "p.csv"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "cadetlib.score", "score", *map(str, options), "--parts", "2"], stderr=subprocess.DEVNULL
+    )
+    deadline, children = time.monotonic() + 120, []
+    while len(children) < 2 and parent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        children = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    for process in alive:
+        process.kill()
+    assert len(gone) == 2 and not (tmp_path / "p.csv").exists()
