@@ -48,10 +48,11 @@ def run_here(task: str, arguments: Sequence[Any]) -> Measured:
     return dict(seconds=time.perf_counter() - began, before_mib=before, peak_mib=peak_mib(), device_mib=device_mib())
 
 
-def score_command(*arguments: str) -> tuple[float, float]:
-    """`python -m cadetlib.score ...` in this process -> the memory and the time at its beginning."""
+def score_command(chunk: int, *arguments: str) -> tuple[float, float]:
+    """`python -m cadetlib.score ...` in this process, `chunk` images at a time -> the memory and the time at its beginning."""
     from cadetlib import score
 
+    score._CHUNK = chunk  # so that also the smaller folder is many chunks
     before, began = peak_mib(), time.perf_counter()
     code = score.main(arguments)
     if code:
@@ -85,7 +86,7 @@ def measured(task: str, *arguments: Any) -> Measured:
 # --- scoring ------------------------------------------------------------------------------------------------------------
 
 
-def write_images(folder: Path, n: int, side: int = 96) -> Path:
+def write_images(folder: Path, n: int, side: int = 64) -> Path:
     """n small JPEGs of noise in sub-folders of a hundred."""
     import numpy as np
     from PIL import Image
@@ -98,26 +99,27 @@ def write_images(folder: Path, n: int, side: int = 96) -> Path:
     return folder
 
 
-def write_encoder(path: Path, image_size: int = 32) -> Path:
+def write_encoder(path: Path, image_size: int) -> Path:
     """A small untrained encoder: what it sees does not matter here."""
     import torch
 
     from cadetlib import encoders
 
     torch.manual_seed(0)
-    return encoders.save_encoder(encoders.ResNet("resnet10", width=8, stem="cifar", image_size=image_size), path)
+    return encoders.save_encoder(encoders.ResNet("resnet10", width=4, stem="imagenet", image_size=image_size), path)
 
 
-def scoring(home: Path, sizes: Sequence[int], n_calibration: int = 20, n_views: int = 4) -> list[Measured]:
+def scoring(home: Path, sizes: Sequence[int], image_size: int = 128, chunk: int = 32) -> list[Measured]:
     """Peaks of `fit` with so many reference images, and of `score` on as many, for each of `sizes`; files go into `home`."""
-    encoder, calibration = write_encoder(home / "encoder.safetensors"), write_images(home / "calibration", n_calibration)
+    encoder, calibration = write_encoder(home / "encoder.safetensors", image_size), write_images(home / "calibration", 20)
     rows = []
     for n in sizes:
         images, detector = write_images(home / f"images-{n}", n), home / f"{n}.safetensors"
-        fit = ["--encoder", encoder, "--reference", images, "--calibration", calibration, "--out", detector, "--n-views", n_views]
+        fit = ["--encoder", encoder, "--reference", images, "--calibration", calibration, "--out", detector, "--n-views", 2]
         score = ["--detector", detector, "--images", images, "--out", home / f"{n}.csv"]
         for command, options in (("fit", fit), ("score", score)):
-            rows.append(dict(what=f"score {command}", n=n) | measured("score", command, *map(str, options)))
+            row = measured("score", chunk, command, *map(str, options), "--batch-size", "16", "--workers", "2")
+            rows.append(dict(what=f"score {command}", n=n) | row)
     return rows
 
 

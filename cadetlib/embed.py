@@ -28,7 +28,15 @@ _FORMAT = "cadetlib.view_sums"
 
 @contextmanager
 def inference(encoder: nn.Module, dtype: str = "float32") -> Iterator[torch.device]:
-    """Eval mode, no gradients, and autocast to `dtype` on the encoder's device; every module's mode is restored."""
+    """Eval mode, no gradients, and autocast to `dtype` on the encoder's device; every module's mode is restored.
+
+    >>> encoder = nn.Dropout(0.9)
+    >>> with inference(encoder):
+    ...     encoder(torch.ones(3))  # no dropout in eval mode
+    tensor([1., 1., 1.])
+    >>> encoder.training
+    True
+    """
     checks.one_of(dtype, "dtype", DTYPES)
     device = encoders.device_of(encoder)
     modes = [(module, module.training) for module in encoder.modules()]
@@ -42,7 +50,13 @@ def inference(encoder: nn.Module, dtype: str = "float32") -> Iterator[torch.devi
 
 
 def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "float32") -> Tensor:
-    """Features of images as they are (N, 3, S, S), uint8 or [0, 1] -> (N, D) float32 on the CPU."""
+    """Features of images as they are (N, 3, S, S), uint8 or [0, 1] -> (N, D) float32 on the CPU.
+
+    >>> white = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    >>> embed(nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), white)  # any module will do; bytes become [0, 1]
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
+    """
     x = checks.as_tensor(images, "images")
     checks.at_least(batch_size, "batch_size", 1)
     checks.at_least(len(x), "number of images", 1)
@@ -55,19 +69,35 @@ def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "
 
 
 def signature(encoder: nn.Module, image_size: int) -> Tensor:
-    """The encoder's features of a fixed pattern: tells encoders apart whose weights are the same or that have none."""
+    """The encoder's features of a fixed pattern: tells encoders apart whose weights are the same or that have none.
+
+    >>> mean, largest = (nn.Sequential(pool(4), nn.Flatten()) for pool in (nn.AvgPool2d, nn.MaxPool2d))  # without weights
+    >>> same_signature(signature(mean, image_size=4), signature(largest, image_size=4))
+    False
+    """
     pattern = torch.arange(2 * 3 * image_size**2, dtype=torch.float64).mul(0.37).sin().add(1).div(2).float()
     return embed(encoder, pattern.view(2, 3, image_size, image_size))
 
 
 def same_signature(found: Tensor, expected: Tensor) -> bool:
-    """Whether two signatures are one encoder's. Devices and precisions differ by rounding, other encoders by far more."""
+    """Whether two signatures are one encoder's. Devices and precisions differ by rounding, other encoders by far more.
+
+    >>> found = torch.tensor([[1.0, 2.0]])
+    >>> same_signature(found, found + 1e-4), same_signature(found, found + 0.5)
+    (True, False)
+    """
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean()))
 
 
 @dataclass(frozen=True)
 class ViewSums:
-    """Sums of unit embeddings over the first n views, for each image and each n of a grid."""
+    """Sums of unit embeddings over the first n views, for each image and each n of a grid.
+
+    >>> sums = ViewSums((2, 50), m_in=torch.tensor([[0.9, 0.8]]), means=torch.ones(1, 2, 16))  # of one image
+    >>> m_in, mean = sums.at(50)
+    >>> m_in, mean.shape
+    (tensor([0.8000]), torch.Size([1, 16]))
+    """
 
     grid: tuple[int, ...]  # numbers of views, increasing
     m_in: Tensor  # (N, K) float64: mean cosine similarity over the n (n - 1) ordered pairs of views
@@ -88,14 +118,25 @@ class ViewSums:
 
 
 def concatenate(parts: Sequence[ViewSums]) -> ViewSums:
-    """View sums of consecutive shards, in order, as one."""
+    """View sums of consecutive shards, in order, as one.
+
+    >>> shard = ViewSums((50,), m_in=torch.tensor([[0.8], [0.7]]), means=torch.ones(2, 1, 16))
+    >>> len(concatenate([shard, shard[:1]]))
+    3
+    """
     if len({part.grid for part in parts}) != 1:
         raise ValueError(f"found grids {[part.grid for part in parts]}, expected at least one part and equal grids")
     return ViewSums(parts[0].grid, torch.cat([p.m_in for p in parts]), torch.cat([p.means for p in parts]))
 
 
 def sums_of_views(z: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """m_in (N, K) float64 and means (N, K, D) float64 of embeddings z (N, n_views, D), over the first n views for n in grid."""
+    """m_in (N, K) float64 and means (N, K, D) float64 of embeddings z (N, n_views, D), over the first n views for n in grid.
+
+    >>> z = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]])  # three views, of which the first two agree
+    >>> m_in, means = sums_of_views(z, (2, 3))
+    >>> m_in  # of three views, one pair in three agrees
+    tensor([[1.0000, 0.3333]], dtype=torch.float64)
+    """
     unit = F.normalize(z.double(), dim=-1)
     segments = torch.tensor(grid).diff(prepend=torch.tensor([0])).tolist()
     sums = torch.stack([part.sum(dim=1) for part in unit.split(segments, dim=1)], dim=1).cumsum(dim=1)
@@ -121,6 +162,12 @@ def view_sums(
     image's pixels); shard = (i, of): the i-th of `of` consecutive parts of the images; batch_size: views at a time;
     cache: a folder in which results are kept under a key made of encoder, images, keys, views and grid; a file that is damaged,
     or of an encoder that does something else with equal weights, is made anew with a warning.
+
+    >>> images, views = torch.rand(4, 3, 8, 8), EvalViews(image_size=8)
+    >>> whole = view_sums(nn.Flatten(), images, views, grid=(2, 10))
+    >>> halves = [view_sums(nn.Flatten(), images, views, grid=(2, 10), shard=(i, 2)) for i in (0, 1)]
+    >>> torch.allclose(whole.m_in, concatenate(halves).m_in)
+    True
     """
     x = checks.as_tensor(images, "images")
     grid = tuple(checks.at_least(n, "n_views", 2) for n in grid)
@@ -174,7 +221,8 @@ def _view_sums(
             chosen = None if keys is None else keys[start : start + step]
             parts = []
             for first in range(0, n_views, batch_size):
-                some = views(batch, min(batch_size, n_views - first), first, chosen)
+                with torch.autocast(device.type, enabled=False):  # dtype is of the forward passes, not of the pixels
+                    some = views(batch, min(batch_size, n_views - first), first, chosen)
                 parts.append(encoders.encode(encoder, some.flatten(0, 1)).view(*some.shape[:2], -1))
             z = torch.cat(parts, dim=1)
             checks.embeddings(z.flatten(0, 1), "encoder's features")

@@ -30,7 +30,13 @@ _TIE = 100  # two statistics that differ by fewer rounding errors than this are 
 
 @dataclass(frozen=True)
 class TestResult:
-    """What a two-sample test found. `p_value` = (1 + #{null >= statistic}) / (1 + n_perm), never 0 (Section 4)."""
+    """What a two-sample test found. `p_value` = (1 + #{null >= statistic}) / (1 + n_perm), never 0 (Section 4).
+
+    >>> same = torch.eye(4)
+    >>> result = mmd_test(same, same, n_perm=99)
+    >>> result.statistic <= result.null.max(), result.p_value > 0.05
+    (tensor(True), True)
+    """
 
     __test__ = False  # not a pytest class
 
@@ -40,7 +46,12 @@ class TestResult:
 
 
 def centred(*samples: Tensor) -> Tensor:
-    """Unit embeddings of all samples (each (n_k, D)), stacked and shifted to mean zero -> (sum n_k, D)."""
+    """Unit embeddings of all samples (each (n_k, D)), stacked and shifted to mean zero -> (sum n_k, D).
+
+    >>> centred(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]]))
+    tensor([[ 0.5000, -0.5000],
+            [-0.5000,  0.5000]])
+    """
     z = F.normalize(torch.cat(samples), dim=-1)
     return z - z.mean(dim=0)
 
@@ -77,7 +88,12 @@ def _mmd2(x: Tensor, y: Tensor) -> float:
 
 
 def random_splits(n_draws: int, n_perm: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random orders of `size` samples, whose first half is X and second half Y -> (n_draws, n_perm, size) int64."""
+    """Random orders of `size` samples, whose first half is X and second half Y -> (n_draws, n_perm, size) int64.
+
+    >>> splits = random_splits(1, 500, 6, torch.Generator().manual_seed(0))
+    >>> splits.shape, splits[0, 0].sort().values.tolist()
+    (torch.Size([1, 500, 6]), [0, 1, 2, 3, 4, 5])
+    """
     return torch.rand(n_draws, n_perm, size, generator=generator).argsort(dim=-1)
 
 
@@ -85,6 +101,11 @@ def split_statistics(gram: Tensor, splits: Tensor) -> Tensor:
     """Eq. 4 for every split at once, without its factor and trace: s^T K s + 2 sum_i k(X_i, Y_i).
 
     gram: (B, 2n, 2n); splits: (B, P, 2n) -> (B, P) float64.
+
+    >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    >>> gram, as_it_is = (z @ z.T)[None], torch.arange(4).view(1, 1, 4)
+    >>> float(split_statistics(gram, as_it_is) - gram[0].trace()) / (2 * 1) == mmd2_unbiased(z[:2], z[2:])
+    True
     """
     signs, partner = _signs_and_partners(splits, gram.dtype)
     quadratic = ((signs @ gram) * signs).sum(-1, dtype=torch.float64)
@@ -151,8 +172,9 @@ def _result(statistic: float, z: Tensor, n_perm: int, seed: int, max_bytes: int)
 def mmd_test(x: Any, y: Any, n_perm: int = 500, seed: int = 0, max_bytes: int = 2**30) -> TestResult:
     """MMD two-sample test by permutation of the pooled samples (Section 4).
 
-    x, y: (n, D) embeddings of any scale, n >= 2. `max_bytes` bounds the block of the Gram matrix held at a time.
-    float32 samples are computed in float32, float64 samples in float64. H0: both come from one distribution.
+    x, y: (n, D) embeddings of any scale, n >= 2. `max_bytes` bounds the block of the Gram matrix held at a time: beside it,
+    memory grows as n, and time as n^2. It changes the null statistics by rounding at most. float32 samples are computed in
+    float32, float64 samples in float64. H0: both come from one distribution.
 
     >>> x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     >>> mmd_test(x, x + 1, n_perm=99).p_value
@@ -168,6 +190,11 @@ def mmd_cc_test(x1: Any, x2: Any, y: Any, n_perm: int = 500, seed: int = 0, max_
 
     x1, x2: disjoint samples (n, D) of the reference distribution; y: (n, D), the sample in question.
     Its level is close to nominal but not exact, since the statistic is not one of the splits: report it beside the power.
+    max_bytes: as in `mmd_test`.
+
+    >>> x1, x2 = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    >>> mmd_cc_test(x1, x2, x1 + 1, n_perm=99).p_value
+    0.01
     """
     checks.at_least(n_perm, "n_perm", 1)
     x1, x2, y = _equal_sizes(x1=x1, x2=x2, y=y)
@@ -176,7 +203,12 @@ def mmd_cc_test(x1: Any, x2: Any, y: Any, n_perm: int = 500, seed: int = 0, max_
 
 @dataclass(frozen=True)
 class DrawnTests:
-    """Many tests on draws from one pool: each field (B,) float64."""
+    """Many tests on draws from one pool: each field (B,) float64.
+
+    >>> tests = DrawnTests(torch.zeros(2), mmd=torch.tensor([0.01, 0.4]), mmd_cc=torch.tensor([0.01, 0.5]))
+    >>> float((tests.mmd <= 0.05).double().mean())  # the power over two draws
+    0.5
+    """
 
     statistic: Tensor
     mmd: Tensor  # p-values of the MMD test of (x1, y)
@@ -189,6 +221,12 @@ def test_shifts(z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm:
     z: (M, D) `centred` embeddings; x1, x2 and each of ys: (B, n) int64 indices of its rows. Same tests as `mmd_test` and
     `mmd_cc_test`; splits are drawn anew for each draw and shared by its tests, and the null of MMD-CC, which knows no y, is
     computed once. K of one pair of samples, (2n, 2n), is held at a time. `test_draws` is faster for many draws of few samples.
+
+    >>> pool = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    >>> z = centred(torch.cat([pool, pool[:20] + 1]))  # 60 images, and 20 shifted ones
+    >>> x1, x2, same, shifted = torch.arange(80).view(4, 1, 20)
+    >>> [tests.mmd.tolist()[0] <= 0.05 for tests in test_shifts(z, x1, x2, [same, shifted], n_perm=99)]
+    [False, True]
     """
     checks.at_least(n_perm, "n_perm", 1)
     if not all(index.shape == x1.shape for index in (x2, *ys)) or x1.ndim != 2 or x1.shape[1] < 2:
@@ -247,6 +285,12 @@ def test_draws(
     `mmd_cc_test`. Eq. 4 is linear in K, so that one matrix product serves all splits of many draws, which share their splits:
     a p-value is what it would be with splits of its own, and as they are drawn anew for every few draws, what p-values have in
     common (at n = 3, how often the few different splits were drawn) averages out.
+
+    >>> z = centred(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    >>> x1, x2, y = torch.stack([torch.randperm(40)[:30].view(3, 10) for _ in range(100)], dim=1)  # a hundred draws of 3 x 10
+    >>> tests = test_draws(z @ z.T, x1, x2, y, n_perm=99)
+    >>> tests.mmd.shape, bool((tests.mmd >= 0.01).all())
+    (torch.Size([100]), True)
     """
     checks.at_least(n_perm, "n_perm", 1)
     if not (x1.shape == x2.shape == y.shape and x1.ndim == 2 and x1.shape[1] >= 2):
@@ -270,6 +314,13 @@ def shared_split_statistics(gram: Tensor, splits: Tensor, max_bytes: int = 2**28
     """`split_statistics` where all draws share their splits: gram (B, 2n, 2n), splits (P, 2n) -> (B, P) float64.
 
     s^T K s + 2 sum_i k(X_i, Y_i) is the inner product of K with s s^T plus a one at each pair, in both of its orders.
+    max_bytes: of those weights, held at a time.
+
+    >>> z = torch.randn(5, 6, 8, dtype=torch.float64)  # five draws of 3 + 3 samples
+    >>> splits = random_splits(1, 20, 6, torch.Generator().manual_seed(0))
+    >>> shared, each = shared_split_statistics(z @ z.mT, splits[0]), split_statistics(z @ z.mT, splits.expand(5, -1, -1))
+    >>> torch.allclose(shared, each)
+    True
     """
     parts = []
     for some in splits.split(max(1, max_bytes // (8 * splits.shape[1] ** 2))):
