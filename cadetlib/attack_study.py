@@ -24,7 +24,17 @@ CONTROL = "random signs"
 
 @dataclass(frozen=True)
 class Study:
-    """A setting in which CADet is asked for attacked images; `but` changes one thing, `rows` asks."""
+    """A setting in which CADet is asked for attacked images; `but` changes one thing, `rows` asks.
+
+    >>> images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 2
+    >>> victim, views = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), EvalViews(8)
+    >>> moved, divisions = {CONTROL: random_signs(images, 0.2)}, experiments.splits(12, 1, n_reference=4, n_calibration=4)
+    >>> study = Study(nn.Flatten(), victim, images, labels, moved, views, n_views=4, divisions=divisions)
+    >>> (row,) = study.but(views=EvalViews(8, crop_scale=0.3)).rows("area", 0.3)  # doctest: +ELLIPSIS
+    area 0.3: random signs ... (m_in ...)
+    >>> row["factor"], row["value"], row["anomaly"]
+    ('area', 0.3, 'random signs')
+    """
 
     encoder: nn.Module
     victim: nn.Module  # of the attacks: its accuracy on the attacked images is reported

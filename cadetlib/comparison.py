@@ -27,7 +27,16 @@ _TIMED = 32  # images that a system's seconds per image are measured on
 
 @dataclass(frozen=True)
 class Field:
-    """What every system is asked about: the images of each set, and the splits of the in-distribution ones."""
+    """What every system is asked about: the images of each set, and the splits of the in-distribution ones.
+
+    >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "PGD": torch.rand(12, 3, 8, 8), "noise": torch.rand(5, 3, 8, 8)}
+    >>> field = Field(sets, {"PGD": True, "noise": False}, experiments.splits(12, 1, n_reference=4, n_calibration=4))
+    >>> field.anomalies, list(field.attacked)
+    (['PGD', 'noise'], ['in-distribution', 'PGD'])
+    >>> scores = {name: images.mean(dim=(1, 2, 3)) for name, images in sets.items()}
+    >>> [len(part) for part in field.pairs(scores, "PGD")[0]], [len(part) for part in field.pairs(scores, "noise")[0]]
+    ([4, 4], [4, 5])
+    """
 
     sets: Mapping[str, Tensor]  # name -> (N, 3, S, S); among them "in-distribution"
     paired: Mapping[str, bool]  # whether image i of a set was made from in-distribution image i
@@ -67,7 +76,13 @@ class Field:
 
 @dataclass(frozen=True)
 class Known:
-    """What detectors learn from: training images with labels, an encoder's features of them, and the classifier on top."""
+    """What detectors learn from: training images with labels, an encoder's features of them, and the classifier on top.
+
+    >>> images, labels = torch.rand(6, 3, 2, 2), torch.arange(6) % 2
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(12, 2)), images, images.flatten(1), labels)
+    >>> learned_from.classifier(images).shape
+    torch.Size([6, 2])
+    """
 
     classifier: encoders.Classifier
     images: Tensor  # (N, 3, S, S)
@@ -76,7 +91,16 @@ class Known:
 
 
 def known(encoder: nn.Module, file: str | Path, training: data.ImageSet, dtype: str = "float32") -> Known:
-    """The encoder with the head its file holds, else with a linear probe on the training images, which the paper leaves open."""
+    """The encoder with the head its file holds, else with a linear probe on the training images, which the paper leaves open.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> encoder = encoders.ResNet("resnet10", width=4, stem="cifar", image_size=8).eval()
+    >>> training = data.load("digits-train").of_classes([0, 1])[:40]
+    >>> with TemporaryDirectory() as folder:
+    ...     learned_from = known(encoder, encoders.save_encoder(encoder, f"{folder}/encoder.safetensors"), training)
+    >>> learned_from.features.shape, learned_from.classifier.head.out_features
+    (torch.Size([40, 32]), 2)
+    """
     if training.labels is None:
         raise ValueError(f"{training.name}: found no labels, expected labelled training images for the detectors that need them")
     features = embed.embed(encoder, training.images, dtype=dtype)
@@ -94,6 +118,13 @@ def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs
 
     cadet_pairs: anomaly -> scores of CADet on the first split; `difference` is this system's AUROC minus CADet's there, with
     DeLong's p-value, on the images that both have scored.
+
+    >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "dark": torch.rand(5, 3, 8, 8) / 4}
+    >>> field = Field(sets, {"dark": False}, experiments.splits(12, 1, n_reference=4, n_calibration=4))
+    >>> scores = {name: images.mean(dim=(1, 2, 3)) for name, images in sets.items()}
+    >>> (row,) = rows_of("mean pixel", "none", field, scores, {}, tuned=False)
+    >>> row["detector"], row["anomaly"], row["auroc"], row["tuned"]
+    ('mean pixel', 'dark', 1.0, False)
     """
     rows = []
     for anomaly in (name for name in scores if name != IN_DISTRIBUTION):
@@ -108,7 +139,11 @@ def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs
 
 
 def seconds_per_image(score: Callable[[Tensor], Any], images: Tensor) -> float:
-    """How long a system takes for an image, from the image on, measured on a few images after one for warming up."""
+    """How long a system takes for an image, from the image on, measured on a few images after one for warming up.
+
+    >>> seconds_per_image(lambda images: images.mean(dim=(1, 2, 3)), torch.rand(8, 3, 4, 4)) > 0
+    True
+    """
     some = images[:_TIMED]
     score(some[:1])
     began = time.perf_counter()
@@ -126,6 +161,14 @@ def cadet_rows(
     """The rows of CADet from view sums already made, and its scores: anomaly -> pairs, split by split.
 
     Those of the contrastive encoder, which come first, fill `cadet_pairs`.
+
+    >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "noise": torch.rand(5, 3, 8, 8)}
+    >>> field = Field(sets, {"noise": False}, experiments.splits(12, 2, n_reference=4, n_calibration=4))
+    >>> detector = cadet.CADet(nn.Flatten(), n_views=4, image_size=8)
+    >>> sums = {name: detector.view_sums(images) for name, images in sets.items()}
+    >>> rows, pairs = cadet_rows("contrastive", field, sums, detector, cadet_pairs={})
+    >>> [(row["detector"], row["anomaly"], row["forwards"]) for row in rows], len(pairs["noise"])
+    ([('CADet', 'noise', 4.0)], 2)
     """
     ask = experiments.Asker(sums, field.paired, field.divisions)
     pairs = {anomaly: ask.pairs(anomaly, detector.n_views) for anomaly in ask.anomalies}
@@ -151,7 +194,16 @@ def post_hoc_rows(
     dtype: str = "float32",
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """The detectors that need features alone, each set embedded once for all of them."""
+    """The detectors that need features alone, each set embedded once for all of them.
+
+    >>> images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 2
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(192, 2)), images, images.flatten(1), labels)
+    >>> sets, divisions = {"in-distribution": images, "noise": torch.rand(5, 3, 8, 8)}, experiments.splits(12, 1, 4, 4)
+    >>> field = Field(sets, {"noise": False}, divisions)
+    >>> rows = post_hoc_rows(["MSP", "SSD"], "contrastive", field, learned_from, {}, say=lambda _: None)
+    >>> [(row["detector"], row["anomaly"], row["forwards"]) for row in rows]
+    [('MSP', 'noise', 1.0), ('SSD', 'noise', 1.0)]
+    """
     classifier = learned_from.classifier
     features = {name: embed.embed(classifier.encoder, images, dtype=dtype) for name, images in field.sets.items()}
     clean = field.sets[IN_DISTRIBUTION]
@@ -180,6 +232,14 @@ def odin_rows(
     """ODIN at its published settings on every set and, under the name "ODIN tuned", tuned on attacks, on every attack.
 
     tuning: clean and attacked images that no row is scored on.
+
+    >>> images, labels = torch.rand(12, 3, 4, 4), torch.arange(12) % 2
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images, images.flatten(1), labels)
+    >>> sets = {"in-distribution": images, "PGD": images.flip(-1), "noise": torch.rand(5, 3, 4, 4)}
+    >>> field = Field(sets, {"PGD": True, "noise": False}, experiments.splits(12, 1, 4, 4))
+    >>> rows = odin_rows("contrastive", field, learned_from, (images[:4], images[4:8]), {}, say=lambda _: None)
+    >>> [(row["detector"], row["anomaly"]) for row in rows]  # what is tuned on attacks is asked about attacks
+    [('ODIN', 'PGD'), ('ODIN', 'noise'), ('ODIN tuned', 'PGD')]
     """
     say(f"ODIN, {encoder} encoder")
     clean = field.sets[IN_DISTRIBUTION]
@@ -206,6 +266,14 @@ def hu_rows(
 
     Its walks are measured once for a set and serve the first two. Fitted on the field's calibration images; tuning: clean and
     attacked images that no row is scored on.
+
+    >>> images, labels = torch.rand(12, 3, 4, 4), torch.arange(12) % 2
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images, images.flatten(1), labels)
+    >>> field = Field({"in-distribution": images, "PGD": images.flip(-1)}, {"PGD": True}, experiments.splits(12, 1, 4, 4))
+    >>> settings, tuning = dict(lr=100.0, radius=0.5, cap_targeted=5, cap_untargeted=5), (images[:4], images[4:8])
+    >>> rows = hu_rows("contrastive", field, learned_from, tuning, {}, settings, say=lambda _: None)
+    >>> [(row["detector"], row["tuned"]) for row in rows]
+    [('Hu', False), ('HuSelfCalibrated', False), ('Hu tuned', True)]
     """
     classifier, clean = learned_from.classifier, field.sets[IN_DISTRIBUTION]
     calibration = clean[field.divisions[0].calibration]

@@ -250,8 +250,9 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     path = write_safetensors(f"{folder}/mu.safetensors", {"mu": torch.ones(2)}, kind="example", seed=0)
-    ...     read_safetensors(path, kind="example")
-    ({'mu': tensor([1., 1.])}, {'format': 'example', 'seed': '0'})
+    ...     tensors, about = read_safetensors(path, kind="example")
+    >>> tensors["mu"], about["seed"]
+    (tensor([1., 1.]), '0')
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

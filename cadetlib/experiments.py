@@ -32,7 +32,12 @@ Pair = tuple[Tensor, Tensor]  # scores of in-distribution test images and of ano
 
 
 def draws_without_overlap(pool: Tensor, n_draws: int, sizes: Sequence[int], seed: int) -> list[Tensor]:
-    """For each draw, disjoint random samples of the indices `pool`, of the given sizes -> one (n_draws, size) each."""
+    """For each draw, disjoint random samples of the indices `pool`, of the given sizes -> one (n_draws, size) each.
+
+    >>> first, second = draws_without_overlap(torch.arange(10), n_draws=5, sizes=(3, 7), seed=0)
+    >>> first.shape, second.shape, torch.cat([first, second], dim=1).sort().values[0].tolist()
+    (torch.Size([5, 3]), torch.Size([5, 7]), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
     needed = sum(sizes)
     if needed > len(pool):
         raise ValueError(
@@ -59,6 +64,11 @@ def rejection_rates(
     the reference as well: the type-I error. paired: names of pools that were made from the reference image by image, of which
     no image is drawn together with its original. Draws from a finite pool overlap, so the interval (Clopper-Pearson) is about
     the draws and not about other pools. Each row keeps its p-values.
+
+    >>> reference = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = rejection_rates(reference, {"far": reference + 3}, sizes=[20], n_samplings=10, n_perm=99)
+    >>> [(row["test"], row["shift"], row["rate"]) for row in rows if row["shift"] == "far"]
+    [('MMD', 'far', 1.0), ('MMD-CC', 'far', 1.0)]
     """
     pools = {NO_SHIFT: reference[:0], **others}
     z = mmd.centred(torch.cat([reference, *others.values()]))
@@ -108,6 +118,12 @@ def trained_rejection_rates(
 
     reference (N, 3, H, W), others: name -> (M, 3, H, W): images, as these tests see no encoder. n counts the samples of a set,
     of which each test trains on half. The rest as in `rejection_rates`; the seconds a test took stand in each row.
+
+    >>> reference = torch.rand(60, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    >>> settings = {"ME": dict(n_locations=1, n_steps=5)}
+    >>> rows = trained_rejection_rates(settings, reference, {"dark": reference / 4}, [20], n_samplings=3, say=lambda _: None)
+    >>> rows[-1]["test"], rows[-1]["shift"], rows[-1]["rate"]
+    ('ME', 'dark', 1.0)
     """
     rows = []
     for shift, other in {NO_SHIFT: reference[:0], **others}.items():
@@ -139,6 +155,11 @@ def small_sample_aurocs(
     anomalies: name -> (M, D); paired: names of those made from the reference image by image, drawn from images that are in no
     other sample. `ceiling` is the largest AUROC that p-values of n_perm splits allow when every anomalous draw has the smallest
     p-value: 1 - 0.5 / (n_perm + 1). `level` is the rejection rate at 0.05 without anomalies.
+
+    >>> reference = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = small_sample_aurocs(reference, {"far": reference + 3}, sizes=[10], n_draws=50)
+    >>> [(row["test"], row["n"], row["auroc"] > 0.9, round(row["ceiling"], 4)) for row in rows]
+    [('MMD', 10, True, 0.995), ('MMD-CC', 10, True, 0.995)]
     """
     rows = []
     for name, anomalous in anomalies.items():
@@ -174,7 +195,12 @@ def _draws_of_anomaly(n_reference: int, n_odd: int, paired: bool, n: int, n_draw
 
 @dataclass(frozen=True)
 class Split:
-    """One division of the held-out in-distribution images: indices of X_val(1), X_val(2) and the test images."""
+    """One division of the held-out in-distribution images: indices of X_val(1), X_val(2) and the test images.
+
+    >>> (division,) = splits(10, 1, n_reference=2, n_calibration=5)
+    >>> torch.cat([division.reference, division.calibration, division.test]).sort().values.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
 
     reference: Tensor
     calibration: Tensor
@@ -182,7 +208,11 @@ class Split:
 
 
 def splits(n: int, n_splits: int, n_reference: int, n_calibration: int, n_test: int = 0, seed: int = 0) -> list[Split]:
-    """`n_splits` random divisions of n held-out images; the test images are `n_test`, or with 0 all that are left."""
+    """`n_splits` random divisions of n held-out images; the test images are `n_test`, or with 0 all that are left.
+
+    >>> [len(division.test) for division in splits(1000, 3, n_reference=100, n_calibration=500)]
+    [400, 400, 400]
+    """
     left = n - n_reference - n_calibration
     if min(n_reference, n_calibration) < 2 or left < max(2, n_test):
         raise ValueError(
@@ -196,7 +226,16 @@ def splits(n: int, n_splits: int, n_reference: int, n_calibration: int, n_test: 
 def attacked(
     name: str, classifier: nn.Module, images: Tensor, labels: Tensor, cache: str | Path | None = None, **settings: Any
 ) -> Tensor:
-    """Images (N, 3, S, S) after the attack `name` of attacks.ATTACKS, float32 in [0, 1]; kept in `cache` under their content."""
+    """Images (N, 3, S, S) after the attack `name` of attacks.ATTACKS, float32 in [0, 1]; kept in `cache` under their content.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> classifier, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
+    >>> with TemporaryDirectory() as cache:
+    ...     made = attacked("fgsm", classifier, images, torch.tensor([0, 1, 0, 1]), cache, eps=0.1)
+    ...     again = attacked("fgsm", classifier, images, torch.tensor([0, 1, 0, 1]), cache, eps=0.1)  # read, not made
+    >>> torch.equal(made, again), bool((made - images).abs().max() <= 0.1 + 1e-6)
+    (True, True)
+    """
     if name not in attacks.ATTACKS:
         raise ValueError(f"attack: found {name!r}, expected one of {list(attacks.ATTACKS)}")
     if cache is None:
@@ -226,7 +265,16 @@ def attack_settings(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def attack_all(
     names: Sequence[str], classifier: nn.Module, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], cache: str | Path
 ) -> dict[str, Tensor]:
-    """`attacked` for each of several attacks, under the names of ATTACK_NAMES."""
+    """`attacked` for each of several attacks, under the names of ATTACK_NAMES.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> classifier, images, labels = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(2, 3, 2, 2), torch.tensor([0, 1])
+    >>> with TemporaryDirectory() as cache:
+    ...     made = attack_all(["fgsm"], classifier, images, labels, {"fgsm_eps": 0.1, "seed": 0}, cache)
+    2 images after FGSM {'eps': 0.1}
+    >>> made["FGSM"].shape
+    torch.Size([2, 3, 2, 2])
+    """
     made = {}
     for name in names:
         settings = attack_settings(name, parameters)
@@ -238,7 +286,17 @@ def attack_all(
 def attack_mix(
     names: Sequence[str], classifier: nn.Module, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], cache: str | Path
 ) -> Tensor:
-    """Each image after one of the attacks, in turn, for what is tuned "on attacks": float32, in the order of the images."""
+    """Each image after one of the attacks, in turn, for what is tuned "on attacks": float32, in the order of the images.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> classifier, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
+    >>> settings = {"fgsm_eps": 0.2, "pgd_eps": 0.1, "pgd_step": 0.05, "pgd_n_steps": 9}
+    >>> with TemporaryDirectory() as cache:
+    ...     mix = attack_mix(["fgsm", "pgd"], classifier, images, torch.tensor([0, 1, 0, 1]), settings, cache)
+    >>> moved = (mix - images).abs().amax(dim=(1, 2, 3))  # fgsm, pgd, fgsm, pgd
+    >>> bool((moved <= torch.tensor([0.2, 0.1, 0.2, 0.1]) + 1e-6).all())
+    True
+    """
     made = torch.empty(images.shape)
     for i, name in enumerate(names):
         own = slice(i, None, len(names))
@@ -247,19 +305,38 @@ def attack_mix(
 
 
 def save_sets(folder: Path, **sets: Tensor) -> str:
-    """Keep image sets in one safetensors file of `folder`; returns the file's name. uint8 stays uint8."""
+    """Keep image sets in one safetensors file of `folder`; returns the file's name. uint8 stays uint8.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     file = save_sets(Path(folder), clean=torch.zeros(2, 3, 4, 4, dtype=torch.uint8), PGD=torch.rand(2, 3, 4, 4))
+    ...     {name: images.dtype for name, images in sorted(load_sets(Path(folder), file).items())}
+    {'PGD': torch.float32, 'clean': torch.uint8}
+    """
     tensors = {name: images.contiguous() for name, images in sets.items()}
     encoders.write_safetensors(folder / "images.safetensors", tensors, "cadetlib.images")
     return "images.safetensors"
 
 
 def load_sets(folder: Path, file: str) -> dict[str, Tensor]:
-    """Image sets that `save_sets` kept."""
+    """Image sets that `save_sets` kept.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     load_sets(Path(folder), save_sets(Path(folder), clean=torch.zeros(2, 3, 4, 4)))["clean"].shape
+    torch.Size([2, 3, 4, 4])
+    """
     return encoders.read_safetensors(folder / file, "cadetlib.images")[0]
 
 
 def attack_strength(classifier: nn.Module, images: Tensor, labels: Tensor, attacked_sets: Mapping[str, Tensor]) -> list[Row]:
-    """The victim's accuracy on clean and on attacked images, and how far the attack moved them."""
+    """The victim's accuracy on clean and on attacked images, and how far the attack moved them.
+
+    >>> classifier, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.full((4, 3, 2, 2), 0.5)
+    >>> rows = attack_strength(classifier, images, classifier(images).argmax(dim=1), {"brighter": images + 0.25})
+    >>> [(row["images"], row["linf"]) for row in rows], rows[0]["accuracy"]
+    ([('clean', 0.0), ('brighter', 0.25)], 1.0)
+    """
     clean = resize_to(images, images.shape[-1])
     rows = [dict(images="clean", accuracy=attacks.accuracy(classifier, clean, labels), linf=0.0, l2=0.0)]
     for name, moved in attacked_sets.items():
@@ -280,6 +357,12 @@ def pairs_of_splits(
     """Scores of CADet per split: fitted on its reference and calibration images, asked for its test images and the anomalies.
 
     paired: whether anomaly i was made from held-out image i. `score` may be another function of detector and sums.
+
+    >>> views = EvalViews(8)
+    >>> held_out, noise = (embed.view_sums(nn.Flatten(), torch.rand(n, 3, 8, 8), views, (4,)) for n in (20, 6))
+    >>> pairs = pairs_of_splits(held_out, noise, paired=False, divisions=splits(20, 3, 5, 10), n_views=4)
+    >>> [(len(normal), len(odd)) for normal, odd in pairs]
+    [(5, 6), (5, 6), (5, 6)]
     """
     if paired and len(anomalies) != len(held_out):
         raise ValueError(f"found {len(anomalies)} anomalies made from {len(held_out)} images, expected one for each")
@@ -293,17 +376,35 @@ def pairs_of_splits(
 
 
 def m_in_only(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
-    """The intra-similarity alone, as a score."""
+    """The intra-similarity alone, as a score.
+
+    >>> detector = cadet.CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(5, 3, 8, 8), torch.rand(10, 3, 8, 8))
+    >>> sums = detector.view_sums(torch.rand(3, 3, 8, 8))
+    >>> torch.equal(m_in_only(detector, sums), detector.similarities_of_sums(sums)[0])
+    True
+    """
     return detector.similarities_of_sums(sums)[0]
 
 
 def m_out_only(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
-    """The out-similarity alone, as a score."""
+    """The out-similarity alone, as a score.
+
+    >>> detector = cadet.CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(5, 3, 8, 8), torch.rand(10, 3, 8, 8))
+    >>> sums = detector.view_sums(torch.rand(3, 3, 8, 8))
+    >>> torch.equal(m_out_only(detector, sums), detector.similarities_of_sums(sums)[1])
+    True
+    """
     return detector.similarities_of_sums(sums)[1]
 
 
 def weighted(factor: float) -> Callable[[cadet.CADet, embed.ViewSums], Tensor]:
-    """The score with gamma replaced by factor * gamma of Eq. 7."""
+    """The score with gamma replaced by factor * gamma of Eq. 7.
+
+    >>> detector = cadet.CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(5, 3, 8, 8), torch.rand(10, 3, 8, 8))
+    >>> sums = detector.view_sums(torch.rand(3, 3, 8, 8))
+    >>> torch.equal(weighted(1.0)(detector, sums), detector.score_sums(sums))
+    True
+    """
 
     def score(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
         m_in, m_out = detector.similarities_of_sums(sums)
@@ -313,7 +414,13 @@ def weighted(factor: float) -> Callable[[cadet.CADet, embed.ViewSums], Tensor]:
 
 
 def summary(pairs: Sequence[Pair], n_boot: int = 500) -> Row:
-    """AUROC, AUPR (anomalies positive) and FPR at 95 % TPR, each the mean over splits, with the AUROC's interval and spread."""
+    """AUROC, AUPR (anomalies positive) and FPR at 95 % TPR, each the mean over splits, with the AUROC's interval and spread.
+
+    >>> normal = torch.tensor([3.0, 2.0])
+    >>> row = summary([(normal, torch.tensor([1.0, 0.0])), (normal, torch.tensor([4.0, 0.0]))])
+    >>> row["auroc"], row["splits"], row["n_in"], row["n_out"]
+    (0.75, [1.0, 0.5], 2, 2)
+    """
     interval = metrics.splits_interval(pairs, n_boot=n_boot)
     return dict(
         auroc=interval.mean,
@@ -331,6 +438,11 @@ def moments(sums: embed.ViewSums, detector: cadet.CADet, n_boot: int = 500, seed
     """A column of Table 5 for one fitted detector: mean and variance of m_in and m_out, and gamma's share of the mean.
 
     Beside each value its `_low` and `_high`: 95 % percentile bootstrap over images, the detector held fixed.
+
+    >>> detector = cadet.CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(5, 3, 8, 8), torch.rand(10, 3, 8, 8))
+    >>> row = moments(detector.view_sums(torch.rand(30, 3, 8, 8)), detector)
+    >>> row["mean_m_in_low"] < row["mean_m_in"] < row["mean_m_in_high"]
+    True
     """
     m_in, m_out = detector.similarities_of_sums(sums)
     drawn = torch.randint(len(m_in), (n_boot, len(m_in)), generator=torch.Generator().manual_seed(seed))
@@ -353,7 +465,15 @@ def view_sums_of_sets(
     dtype: str = "float32",
     say: Callable[[str], None] = print,
 ) -> dict[str, embed.ViewSums]:
-    """View sums of several sets of images, one line of progress each."""
+    """View sums of several sets of images, one line of progress each.
+
+    >>> sets = {"in-distribution": torch.rand(4, 3, 8, 8), "noise": torch.rand(2, 3, 8, 8)}
+    >>> sums = view_sums_of_sets(nn.Flatten(), sets, EvalViews(8), grid=[2, 5])
+    4 images of in-distribution: 5 views each
+    2 images of noise: 5 views each
+    >>> sums["noise"].at(2)[1].shape
+    torch.Size([2, 192])
+    """
     checks.at_least(len(sets), "number of image sets", 1)
     sums = {}
     for name, images in sets.items():
@@ -372,7 +492,15 @@ def _placed(module: nn.Module) -> nn.Module:
 
 
 def load_encoders(folder: Path, files: Mapping[str, str]) -> dict[str, nn.Module]:
-    """The encoders that notebook 01 saved below `folder`: name -> module."""
+    """The encoders that notebook 01 saved below `folder`: name -> module.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = encoders.save_encoder(encoders.ResNet("resnet10", 4, "cifar", 8), f"{folder}/contrastive/encoder.safetensors")
+    ...     loaded = load_encoders(Path(folder), {"contrastive": "contrastive/encoder.safetensors"})
+    >>> loaded["contrastive"].image_size
+    8
+    """
     return {name: _placed(encoders.load_encoder(folder / file)) for name, file in files.items()}
 
 
@@ -380,6 +508,13 @@ def load_victim(folder: Path, files: Mapping[str, str], name: str = "supervised"
     """The classifier that the attacks are made against: "supervised", which notebook 01 saved below `folder`, or a public one.
 
     A public one is "cifar:resnet20" or "cifar:resnet56".
+
+    >>> from tempfile import TemporaryDirectory
+    >>> encoder = encoders.ResNet("resnet10", 4, "cifar", 8)
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = encoders.save_encoder(encoder, f"{folder}/victim.safetensors", head=nn.Linear(encoder.dim, 7))
+    ...     load_victim(Path(folder), {"supervised": "victim.safetensors"}).head.out_features
+    7
     """
     kind, _, rest = name.partition(":")
     if kind == "cifar":
@@ -390,19 +525,33 @@ def load_victim(folder: Path, files: Mapping[str, str], name: str = "supervised"
 
 
 def positions(labels: Tensor | None, classes: Sequence[int]) -> Tensor:
-    """Labels as a classifier of `classes` counts them: by position; unchanged when `classes` is empty."""
+    """Labels as a classifier of `classes` counts them: by position; unchanged when `classes` is empty.
+
+    >>> positions(torch.tensor([7, 3, 7]), classes=[3, 7])
+    tensor([1, 0, 1])
+    """
     if labels is None:
         raise ValueError("labels: found none, expected labelled images: an attack moves an image away from its label")
     return torch.tensor([list(classes).index(int(y)) for y in labels]) if classes else labels
 
 
 def some_of(images: data.ImageSet, n: int, seed: int) -> data.ImageSet:
-    """n of the images, drawn at random and left in their order; all of them when n is 0."""
+    """n of the images, drawn at random and left in their order; all of them when n is 0.
+
+    >>> digits = data.load("digits-test")
+    >>> len(some_of(digits, 20, seed=0)), len(some_of(digits, 0, seed=0)) == len(digits)
+    (20, True)
+    """
     return images[data.split(len(images), {"some": n}, seed)["some"].sort().values] if n else images
 
 
 def labelled(name: str, classes: Sequence[int], size: int, n: int = 0, seed: int = 0) -> data.ImageSet:
-    """Images of those classes, at most n (0: all), brought to size x size, labelled as a classifier of `classes` counts."""
+    """Images of those classes, at most n (0: all), brought to size x size, labelled as a classifier of `classes` counts.
+
+    >>> digits = labelled("digits-test", classes=[3, 7], size=16, n=20)
+    >>> digits.images.shape, digits.labels.unique().tolist()
+    (torch.Size([20, 3, 16, 16]), [0, 1])
+    """
     chosen = data.load(name).of_classes(classes)
     chosen = some_of(chosen, min(n, len(chosen)), seed).resized(size)
     return replace(chosen, labels=positions(chosen.labels, classes))
@@ -413,6 +562,9 @@ def anomalous(images: data.ImageSet, n: int, size: int, in_distribution: str, n_
 
     Of a set made from the in-distribution one (`name:corruption-severity`), only images that `some_of` leaves: no image is
     calibrated on in one form and scored in another.
+
+    >>> anomalous(data.load("digits-7-to-9"), n=5, size=16, in_distribution="digits-test", n_held_out=100, seed=0).shape
+    torch.Size([5, 3, 16, 16])
     """
     if images.name.startswith(f"{in_distribution}:"):
         images = set_aside(images, n_held_out, min(n or len(images), len(images) - n_held_out), seed)
@@ -420,12 +572,23 @@ def anomalous(images: data.ImageSet, n: int, size: int, in_distribution: str, n_
 
 
 def set_aside(images: data.ImageSet, n_held_out: int, n: int, seed: int) -> data.ImageSet:
-    """n images that `some_of(images, n_held_out, seed)` leaves: to tune on what nothing else may see."""
+    """n images that `some_of(images, n_held_out, seed)` leaves: to tune on what nothing else may see.
+
+    >>> numbered = data.ImageSet("numbered", torch.zeros(10, 3, 1, 1), torch.arange(10))
+    >>> held_out, aside = some_of(numbered, 6, seed=0), set_aside(numbered, n_held_out=6, n=4, seed=0)
+    >>> sorted([*held_out.labels.tolist(), *aside.labels.tolist()])
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
     return images[data.split(len(images), {"held out": n_held_out, "aside": n}, seed)["aside"].sort().values]
 
 
 def accuracy(classifier: encoders.Classifier, images: data.ImageSet) -> float:
-    """Share of the labelled images that the classifier gets right."""
+    """Share of the labelled images that the classifier gets right.
+
+    >>> classifier, images = encoders.Classifier(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
+    >>> accuracy(classifier, data.ImageSet("toy", images, 1 - classifier(images).argmax(dim=1)))
+    0.0
+    """
     if images.labels is None:
         raise ValueError(f"{images.name}: found no labels, expected labelled images")
     return attacks.accuracy(classifier, images.images, images.labels)
@@ -435,6 +598,11 @@ def encoder_quality(encoder: nn.Module, training: data.ImageSet, held_out: data.
     """What an encoder's features know of the labels: kNN and linear-probe accuracy on held-out images.
 
     Beside each accuracy the `_low` and `_high` of its 95 % interval (Clopper-Pearson): over images, the encoder held fixed.
+
+    >>> training, held_out = (data.load(name).of_classes([0, 1])[:60] for name in ("digits-train", "digits-test"))
+    >>> quality = encoder_quality(nn.Flatten(), training, held_out)
+    >>> quality["knn_accuracy"], quality["n_features"]
+    (1.0, 192)
     """
     if training.labels is None or held_out.labels is None:
         raise ValueError(f"found no labels in {training.name} or {held_out.name}, expected labelled images")
@@ -458,7 +626,12 @@ def encoder_quality(encoder: nn.Module, training: data.ImageSet, held_out: data.
 
 
 def roc_points(pairs: Sequence[Pair], n_points: int = 201) -> Row:
-    """Figure 1b: the ROC curve averaged over splits at equal false alarm rates, and its mean AUROC."""
+    """Figure 1b: the ROC curve averaged over splits at equal false alarm rates, and its mean AUROC.
+
+    >>> curve = roc_points([(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.0]))], n_points=3)
+    >>> curve["false_alarm_rate"].tolist(), curve["detection_rate"].tolist(), curve["auroc"]
+    ([0.0, 0.5, 1.0], [1.0, 1.0, 1.0], 1.0)
+    """
     grid = np.linspace(0, 1, n_points)
     curves = [metrics.roc_curve(*pair) for pair in pairs]
     mean = np.mean([np.interp(grid, curve.false_alarm_rate, curve.detection_rate) for curve in curves], axis=0)
@@ -468,7 +641,17 @@ def roc_points(pairs: Sequence[Pair], n_points: int = 201) -> Row:
 
 @dataclass(frozen=True)
 class Asker:
-    """Questions to CADet about view sums already made: in-distribution images, their splits, and sets of anomalies."""
+    """Questions to CADet about view sums already made: in-distribution images, their splits, and sets of anomalies.
+
+    >>> sets = {"in-distribution": torch.rand(20, 3, 8, 8), "PGD": torch.rand(20, 3, 8, 8)}
+    >>> sums = view_sums_of_sets(nn.Flatten(), sets, EvalViews(8), grid=[4], say=lambda _: None)
+    >>> ask = Asker(sums, {"PGD": True}, splits(20, 2, n_reference=5, n_calibration=10))
+    >>> row = ask("PGD", n_views=4)
+    >>> row["anomaly"], len(row["splits"]), row["n_in"]
+    ('PGD', 2, 5)
+    >>> [len(values) for values in ask.fresh_p_values(n_views=4)]
+    [5, 5]
+    """
 
     sums: Mapping[str, embed.ViewSums]  # among them "in-distribution"
     paired: Mapping[str, bool]  # whether image i of a set was made from in-distribution image i
@@ -549,7 +732,14 @@ class Asker:
 
 
 def batch_decisions(curves: Sequence[Row], alpha: float, q: float) -> list[Row]:
-    """In-distribution images and as many anomalies of one kind: p <= alpha beside Benjamini and Hochberg at level q."""
+    """In-distribution images and as many anomalies of one kind: p <= alpha beside Benjamini and Hochberg at level q.
+
+    >>> normal = dict(name="in-distribution", kind="in", p_values=[0.2, 0.5, 0.9])
+    >>> odd = dict(name="PGD", kind="out", p_values=[0.01, 0.01, 0.6])
+    >>> (row,) = batch_decisions([normal, odd], alpha=0.05, q=0.1)
+    >>> row["anomaly"], row["n"], row["alpha_flagged"], row["bh_flagged"], row["bh_false_discoveries"]
+    ('PGD', 6, 2, 2, 0.0)
+    """
     normal = next(np.asarray(curve["p_values"]) for curve in curves if curve["kind"] == "in")
     rows = []
     for curve in curves:
@@ -569,7 +759,13 @@ def batch_decisions(curves: Sequence[Row], alpha: float, q: float) -> list[Row]:
 
 
 def example_folders(folder: Path, seed: int) -> Path:
-    """Three folders of digits to try CADet on: 0 to 6 as reference and calibration; 30 of these and 30 of 7 to 9 to judge."""
+    """Three folders of digits to try CADet on: 0 to 6 as reference and calibration; 30 of these and 30 of 7 to 9 to judge.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     {part.name: len(list(part.iterdir())) for part in sorted(example_folders(Path(folder), seed=0).iterdir())}
+    {'calibration': 400, 'images': 60, 'reference': 150}
+    """
     from PIL import Image
 
     normal, odd = data.load("digits-test").of_classes(range(7)), data.load("digits-7-to-9")

@@ -21,27 +21,38 @@ SIGNIFICANT = 0.05  # p-value of a difference to CADet below which a table says 
 
 
 def percent(row: Row) -> str:
-    """AUROC in percent with its interval: "94.3 [92.1, 96.0]"."""
+    """AUROC in percent with its interval: "94.3 [92.1, 96.0]".
+
+    >>> percent(dict(auroc=0.943, low=0.921, high=0.96))
+    '94.3 [92.1, 96.0]'
+    """
     return f"{100 * row['auroc']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def share(row: Row) -> str:
-    """A rejection rate with its interval: "0.32 [0.23, 0.42]"."""
+    """A rejection rate with its interval: "0.32 [0.23, 0.42]".
+
+    >>> share(dict(rate=0.32, low=0.23, high=0.42))
+    '0.32 [0.23, 0.42]'
+    """
     return f"{row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def _wide(cells: Iterable[tuple[Any, Any, str]], index: Sequence[str]) -> pd.DataFrame:
     """(row key, column, text) in order of appearance -> a data frame with empty text where there is no cell."""
-    listed = list(cells)
-    rows, columns = list(dict.fromkeys(c[0] for c in listed)), list(dict.fromkeys(c[1] for c in listed))
-    frame = pd.DataFrame("", index=pd.MultiIndex.from_tuples(rows, names=list(index)), columns=columns)
-    for row, column, text in listed:
-        frame.loc[row, column] = text
-    return frame
+    texts = {(row, column): text for row, column, text in cells}
+    rows, columns = (list(dict.fromkeys(key[i] for key in texts)) for i in (0, 1))
+    body = [[texts.get((row, column), "") for column in columns] for row in rows]
+    return pd.DataFrame(body, index=pd.MultiIndex.from_tuples(rows, names=list(index)), columns=columns)
 
 
 def table_1(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rejection rates by test, encoder and shift over sample sizes; the paper's below ours."""
+    """Rejection rates by test, encoder and shift over sample sizes; the paper's below ours.
+
+    >>> frame = table_1([dict(test="MMD", encoder="contrastive", shift="jpeg", n=50, rate=0.32, low=0.23, high=0.42)])
+    >>> frame["n = 50"].to_dict()[("MMD", "contrastive", "jpeg")]
+    '0.32 [0.23, 0.42]'
+    """
     ours = [((r["test"], r["encoder"], r["shift"]), f"n = {r['n']}", share(r)) for r in rows]
     theirs = [
         ((r["test"], r["encoder"], "paper: CIFAR-10.1"), f"n = {r['size']}", f"{r['value']:.3g}")
@@ -52,7 +63,13 @@ def table_1(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def table_2(rows: Sequence[Row]) -> pd.DataFrame:
-    """AUROC (%) of the tests' p-values by test, encoder, anomaly and number of splits, over n; the paper's below ours."""
+    """AUROC (%) of the tests' p-values by test, encoder, anomaly and number of splits, over n; the paper's below ours.
+
+    >>> row = dict(test="MMD", encoder="contrastive", anomaly="PGD", n=3, n_perm=500, auroc=0.4, low=0.3, high=0.5)
+    >>> frame = table_2([row])
+    >>> frame.loc[("MMD", "contrastive", "PGD, 500 splits"), "n = 3"], frame.loc[("MMD", "contrastive", "paper: PGD"), "n = 3"]
+    ('40.0 [30.0, 50.0]', '35.2')
+    """
     ours = [((r["test"], r["encoder"], _splits(r)), f"n = {r['n']}", percent(r)) for r in rows]
     theirs = [
         ((r["test"], r["encoder"], f"paper: {r['distribution']}"), f"n = {r['size']}", f"{r['value']:.1f}")
@@ -71,6 +88,11 @@ def paper_value(detector: str, encoder: str, anomaly: str) -> tuple[float | None
 
     Attacks are compared by name, and so are the paper's two sets of unseen classes; any other set is one of unseen classes,
     beside the mean of the paper's two.
+
+    >>> paper_value("CADet", "contrastive", "CW-Linf")
+    (95.93, 'CW')
+    >>> paper_value("kNN", "contrastive", "PGD")
+    (None, '')
     """
     names = counterparts(anomaly)
     table = paper.TABLE_4 if anomaly in PAPER_ATTACKS else paper.TABLE_3
@@ -101,7 +123,12 @@ def counterparts(anomaly: str) -> tuple[str, ...]:
 
 
 def table_3_and_4(rows: Sequence[Row]) -> pd.DataFrame:
-    """AUROC (%) by detector and encoder over anomaly sets; below each of ours the paper's for the nearest kind of anomaly."""
+    """AUROC (%) by detector and encoder over anomaly sets; below each of ours the paper's for the nearest kind of anomaly.
+
+    >>> row = dict(detector="CADet", encoder="contrastive", anomaly="PGD", auroc=0.9, low=0.8, high=0.95)
+    >>> table_3_and_4([row])["PGD"].to_dict()
+    {('CADet', 'contrastive', 'ours'): '90.0 [80.0, 95.0]', ('CADet', 'contrastive', 'paper'): '94.9'}
+    """
     cells: list[tuple[Any, Any, str]] = []
     for detector, encoder in dict.fromkeys((r["detector"], r["encoder"]) for r in rows):
         own = [r for r in rows if (r["detector"], r["encoder"]) == (detector, encoder)]
@@ -112,7 +139,11 @@ def table_3_and_4(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def significance(row: Row) -> str:
-    """How a system stands to CADet on the same images: "+1.2 (p = 0.03)", in percentage points of AUROC; "" for CADet itself."""
+    """How a system stands to CADet on the same images: "+1.2 (p = 0.03)", in percentage points of AUROC; "" for CADet itself.
+
+    >>> significance(dict(difference=-0.012, p_difference=0.03)), significance(dict(detector="CADet"))
+    ('−1.2 (p = 0.03)', '')
+    """
     if "difference" not in row:
         return ""
     p = row["p_difference"]
@@ -120,7 +151,13 @@ def significance(row: Row) -> str:
 
 
 def details(rows: Sequence[Row]) -> pd.DataFrame:
-    """All that Tables 3 and 4 leave out: AUPR, FPR at 95 % TPR, the difference to CADet, seconds and passes per image."""
+    """All that Tables 3 and 4 leave out: AUPR, FPR at 95 % TPR, the difference to CADet, seconds and passes per image.
+
+    >>> row = dict(detector="MSP", encoder="supervised", anomaly="PGD", auroc=0.6, low=0.5, high=0.7, aupr=0.55, fpr95=0.9)
+    >>> frame = details([row | dict(seconds=0.002, forwards=1.0, n_in=100, n_out=50)])
+    >>> frame.loc[("PGD", "MSP", "supervised"), ["FPR95", "ms / image", "images"]].tolist()
+    ['0.900', '2', '100 + 50']
+    """
     lines = [
         {
             "AUROC (%)": percent(row),
@@ -142,6 +179,11 @@ def table_5(columns: Mapping[str, Row]) -> pd.DataFrame:
     """Mean and variance of m_in and m_out for each set, with intervals, in the paper's layout; set -> moments.
 
     The last line is γ with its range over splits. Older results, which lack intervals or γ, are shown without.
+
+    >>> column = dict(mean_m_in=0.95, mean_m_out=0.3, mean_gamma_m_out=0.07, variance_m_in=2e-4, variance_m_out=1e-3)
+    >>> frame = table_5({"PGD": column})
+    >>> frame.loc[("mean", "m_in"), "PGD"], frame.loc[("variance", "m_in"), "PGD"]
+    ('0.950', '2.0e-04')
     """
     lines = {
         ("mean", "m_in"): "mean_m_in",
@@ -168,7 +210,12 @@ def _moment(row: Row, key: str) -> str:
 
 
 def verdict(row: Row, value: float | None) -> str:
-    """How our AUROC stands to the paper's: "above", "below", "agrees" (inside our interval), or "no counterpart"."""
+    """How our AUROC stands to the paper's: "above", "below", "agrees" (inside our interval), or "no counterpart".
+
+    >>> row = dict(auroc=0.9, low=0.85, high=0.95)
+    >>> verdict(row, 94.9), verdict(row, 80.0), verdict(row, 97.0), verdict(row, None)
+    ('agrees', 'above', 'below', 'no counterpart')
+    """
     if value is None:
         return "no counterpart"
     if row["low"] <= value / 100 <= row["high"]:
@@ -180,7 +227,11 @@ def verdict(row: Row, value: float | None) -> str:
 
 
 class Cell(NamedTuple):
-    """A number as text, its interval, and a word on it."""
+    """A number as text, its interval, and a word on it.
+
+    >>> Cell("94.3", interval="[92.1, 96.0]").text, Cell().text
+    ('94.3', '–')
+    """
 
     text: str = "–"
     interval: str = ""
@@ -188,7 +239,11 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A row: its label, a word on it, and its cells, column by column."""
+    """A row: its label, a word on it, and its cells, column by column.
+
+    >>> Line("MSP, supervised", note="not run here", cells=[Cell(), Cell("88.6")]).label
+    'MSP, supervised'
+    """
 
     label: str
     note: str
@@ -196,7 +251,12 @@ class Line(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A table to be set: groups of columns, each a heading and its columns' names, over lines."""
+    """A table to be set: groups of columns, each a heading and its columns' names, over lines.
+
+    >>> layout = beside("AUROC (%)", "detector", {"here": {("CADet", "PGD"): Cell("90.0")}})
+    >>> layout.groups, [line.label for line in layout.lines]
+    ([('here', ['PGD'])], ['CADet'])
+    """
 
     caption: str
     corner: str  # what the labels are
@@ -208,7 +268,13 @@ Cells = Mapping[tuple[str, str], Cell]  # (label, column) -> cell
 
 
 def beside(caption: str, corner: str, groups: Mapping[str, Cells], order: Sequence[str] = ()) -> Layout:
-    """Groups of cells side by side, ours first; labels in the `order` given, then as they come. A gap says that it is one."""
+    """Groups of cells side by side, ours first; labels in the `order` given, then as they come. A gap says that it is one.
+
+    >>> ours, theirs = {("CADet", "PGD"): Cell("90.0")}, {("CADet", "PGD"): Cell("94.9"), ("Hu", "PGD"): Cell("84.3")}
+    >>> layout = beside("AUROC (%)", "detector", {"here": ours, "paper": theirs})
+    >>> [(line.label, [cell.text for cell in line.cells], line.note) for line in layout.lines]
+    [('CADet', ['90.0', '94.9'], ''), ('Hu', ['–', '84.3'], 'not run here')]
+    """
     known = dict.fromkeys(label for cells in groups.values() for label, _ in cells)
     labels = [label for label in dict.fromkeys([*order, *known]) if label in known]
     columns = {name: list(dict.fromkeys(column for _, column in cells)) for name, cells in groups.items()}
@@ -240,7 +306,12 @@ def _labels(table: paper.Table) -> list[str]:
 
 
 def table_1_layouts(rows: Sequence[Row]) -> list[Layout]:
-    """Table 1, a layout for each shift, ours beside the paper's; "no shift", which the paper leaves out, stands alone."""
+    """Table 1, a layout for each shift, ours beside the paper's; "no shift", which the paper leaves out, stands alone.
+
+    >>> row = dict(test="MMD", encoder="contrastive", shift="jpeg", n=50, rate=0.32, low=0.23, high=0.42)
+    >>> [[name for name, _ in layout.groups] for layout in table_1_layouts([row, row | dict(shift="no shift")])]
+    [['here: jpeg', 'paper: CIFAR-10.1'], ['here: no shift']]
+    """
     theirs = {
         (_system(r["test"], r["encoder"]), f"n = {r['size']}"): Cell(f"{r['value']:.3f}")
         for r in paper.TABLE_1.records()
@@ -257,13 +328,22 @@ def table_1_layouts(rows: Sequence[Row]) -> list[Layout]:
 
 
 def paper_n_perm(rows: Sequence[Row]) -> list[Row]:
-    """Table 2's rows with the paper's number of splits, or with the smallest there is: one for each cell."""
+    """Table 2's rows with the paper's number of splits, or with the smallest there is: one for each cell.
+
+    >>> [row["n_perm"] for row in paper_n_perm([dict(n_perm=100), dict(n_perm=500)])]
+    [100]
+    """
     fewest = min(r["n_perm"] for r in rows)
     return [r for r in rows if r["n_perm"] == (PAPER_N_PERM if any(q["n_perm"] == PAPER_N_PERM for q in rows) else fewest)]
 
 
 def table_2_layouts(rows: Sequence[Row]) -> list[Layout]:
-    """Table 2, a layout for each of our kinds of anomaly, beside the paper's nearest."""
+    """Table 2, a layout for each of our kinds of anomaly, beside the paper's nearest.
+
+    >>> row = dict(test="MMD", encoder="contrastive", anomaly="PGD", n=3, n_perm=100, auroc=0.4, low=0.3, high=0.5)
+    >>> [[name for name, _ in layout.groups] for layout in table_2_layouts([row])]
+    [['here: PGD', 'paper: PGD']]
+    """
     layouts = []
     for anomaly in dict.fromkeys(r["anomaly"] for r in rows):
         ours = {
@@ -281,7 +361,13 @@ def table_2_layouts(rows: Sequence[Row]) -> list[Layout]:
 
 
 def detection_layout(rows: Sequence[Row], number: int) -> Layout:
-    """Table 3 (unseen classes) or 4 (attacks): AUROC (%) of ours, each with its verdict, beside the paper's table."""
+    """Table 3 (unseen classes) or 4 (attacks): AUROC (%) of ours, each with its verdict, beside the paper's table.
+
+    >>> row = dict(detector="CADet", encoder="contrastive", anomaly="PGD", auroc=0.9, low=0.8, high=0.95)
+    >>> line = next(line for line in detection_layout([row], number=4).lines if line.label == "CADet, contrastive")
+    >>> line.cells[0], line.cells[1].text
+    (Cell(text='90.0', interval='[80.0, 95.0]', note='agrees'), '94.88')
+    """
     table = paper.TABLES[number]
     printed = [column[0] for column in table.columns]
     own = [r for r in rows if (r["anomaly"] in PAPER_ATTACKS) == (number == 4)]
@@ -306,7 +392,13 @@ def _note(row: Row) -> str:
 
 
 def cost_layout(rows: Sequence[Row]) -> Layout:
-    """What a system asks for an image: passes through the network and milliseconds, and how it ranks by mean AUROC."""
+    """What a system asks for an image: passes through the network and milliseconds, and how it ranks by mean AUROC.
+
+    >>> row = dict(detector="MSP", encoder="supervised", auroc=0.6, aupr=0.55, fpr95=0.9, seconds=0.002, forwards=1.0)
+    >>> layout = cost_layout([row, row | dict(auroc=0.8)])
+    >>> dict(zip(layout.groups[0][1], [cell.text for cell in layout.lines[0].cells], strict=True))["mean AUROC (%)"]
+    '70.0'
+    """
     systems: dict[str, list[Row]] = {}
     for row in rows:
         systems.setdefault(_system(row["detector"], row["encoder"]), []).append(row)
@@ -321,7 +413,12 @@ def cost_layout(rows: Sequence[Row]) -> Layout:
 
 
 def table_5_layout(columns: Mapping[str, Row]) -> Layout:
-    """Table 5, a line for each set: each of ours above the paper's nearest; set -> moments, as in `table_5`."""
+    """Table 5, a line for each set: each of ours above the paper's nearest; set -> moments, as in `table_5`.
+
+    >>> column = dict(mean_m_in=0.95, mean_m_out=0.3, mean_gamma_m_out=0.07, variance_m_in=2e-4, variance_m_out=1e-3)
+    >>> [(line.label, line.cells[0].text) for line in table_5_layout({"PGD": column}).lines if "PGD" in line.label]
+    [('PGD (here)', '0.950'), ('PGD (paper)', '0.954')]
+    """
     forms = ("mean m_in", "mean m_out", "mean gamma_m_out", "variance m_in", "variance m_out")
     cells = {
         (f"{name} (here)", form): _cell(_moment(row, form.replace(" ", "_"))) for name, row in columns.items() for form in forms
@@ -342,6 +439,12 @@ def table_5_layout(columns: Mapping[str, Row]) -> Layout:
 
 
 def sweep_layout(rows: Sequence[Row], column: str, heading: str) -> Layout:
-    """AUROC (%) of each anomaly over the values of one setting."""
+    """AUROC (%) of each anomaly over the values of one setting.
+
+    >>> rows = [dict(anomaly="PGD", n_views=n, auroc=n / 100, low=0.0, high=1.0) for n in (10, 50)]
+    >>> layout = sweep_layout(rows, "n_views", "number of views")
+    >>> layout.groups, [cell.text for cell in layout.lines[0].cells]
+    ([('number of views', ['10', '50'])], ['10.0', '50.0'])
+    """
     cells = {(r["anomaly"], str(r[column])): _cell(percent(r)) for r in rows}
     return beside(f"AUROC (%) by {heading}", "anomaly", {heading: cells})

@@ -276,7 +276,8 @@ def permuted_mean_differences(values: Tensor, n_perm: int, generator: torch.Gene
 
     values: (2m,) -> (1 + n_perm,) float64. All at once: one product with a matrix of signs.
 
-    >>> values = permuted_mean_differences(torch.tensor([3.0, 1.0, 0.0, 0.0]), n_perm=5, generator=torch.Generator().manual_seed(0))
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> values = permuted_mean_differences(torch.tensor([3.0, 1.0, 0.0, 0.0]), n_perm=5, generator=generator)
     >>> len(values), float(values[0])
     (6, 2.0)
     """

@@ -1,0 +1,83 @@
+"""What a newcomer reads: every public name of the package is shown in use, by an example that runs as a doctest."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cadetlib
+
+FILES = sorted(Path(cadetlib.__file__).parent.glob("*.py"))
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def public(tree: ast.Module) -> Iterator[Documented]:
+    """Functions and classes of a module without a leading underscore; a command line's `main` is shown by its own help."""
+    for node in tree.body:
+        if isinstance(node, Documented) and not node.name.startswith("_") and node.name != "main":
+            yield node
+
+
+def is_shown(node: Documented) -> bool:
+    """Whether its docstring has an example: of a function, one that calls it; of a class, one that may have it made by others.
+
+    A class's own example covers its methods.
+    """
+    examples = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    return bool(examples) and (isinstance(node, ast.ClassDef) or any(node.name in example.source for example in examples))
+
+
+def without_example(source: str) -> list[str]:
+    return [node.name for node in public(ast.parse(source)) if not is_shown(node)]
+
+
+def test_what_counts_as_an_example():
+    source = '''
+def shown(x):
+    """Twice x.
+
+    >>> shown(2)
+    4
+    """
+
+def told(x):
+    """Twice x, as `told(2)` would give."""
+
+def other(x):
+    """Twice x.
+
+    >>> shown(2)
+    4
+    """
+
+class Shown:
+    """What `shown` might return.
+
+    >>> shown(1).first()
+    1
+    """
+
+    def first(self):
+        """Covered by the class."""
+
+class Bare:
+    def first(self):
+        """Does not cover the class.
+
+        >>> Bare().first()
+        """
+
+def _inside(x): ...
+def main(): ...
+'''
+    assert without_example(source) == ["told", "other", "Bare"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_public_name_has_an_example(file):
+    missing = without_example(file.read_text())
+    assert not missing, f"{file.name}: found no example of {', '.join(missing)}, expected one in each docstring"
