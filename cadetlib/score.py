@@ -58,7 +58,12 @@ _CHUNK = 256  # images held at a time, about
 
 
 class Listing(NamedTuple):
-    """What is below a folder: see `listing`."""
+    """What is below a folder: see `listing`.
+
+    >>> found = Listing(10, Counter({".txt": 2}), "digest of ten paths")
+    >>> [Part(i, 4).span(found.n_images) for i in (1, 4)]  # the first and the last of four processes
+    [(0, 2), (7, 10)]
+    """
 
     n_images: int
     others: Counter[str]  # files that are no images, by their ending
@@ -422,7 +427,12 @@ def rows_of_chunk(detector: CADet, chunk: Sequence[Decoded], threshold: float) -
 
 
 class Summary(NamedTuple):
-    """What a table holds: see `summary`."""
+    """What a table holds: see `summary`.
+
+    >>> found = Summary(n=200, flagged=9, failed=20, first_failed=[], most_anomalous=[])
+    >>> found.flagged / (found.n - found.failed)  # of the files that could be read
+    0.05
+    """
 
     n: int
     flagged: int
