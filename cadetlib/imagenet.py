@@ -74,6 +74,13 @@ SETS: dict[str, Folder] = {
         "github.com/EliSchwartz/imagenet-sample-images, one sub-folder a class; for trying, far too few for a result",
         "none published",
     ),
+    "flowers64-daisies": Folder(
+        "flowers64/daisy",
+        200,
+        0,
+        "put 200 photographs of daisies into flowers64/daisy/, a part of the set flowers64; for trying",
+        "none published",
+    ),
 }
 
 _NAMES = ("data", "knn_data", "reference", "in_distribution", "training")  # parameters that name a set, and ...

@@ -5,7 +5,7 @@
 
 Read it downwards: settings, schedule, synchronised batch norm, checkpoints, the loop, the launch. All randomness is a function
 of (seed, epoch, image, view), so that a run is the same on any number of processes and goes on after any interruption as if
-there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM or SIGUSR1 asked for it, 1 anything else
+there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM, SIGUSR1 or SIGUSR2 asked, 1 anything else
 (torchrun has its own: 1 also when it was asked to stop and its processes have saved).
 """
 
@@ -49,6 +49,12 @@ OPERATION = (
     "workers",
     "allow_unreadable",
 )  # may change between runs
+TAKEN = {"contrastive": "pretrained", "supervised": "supervised_pretrained"}  # objective -> parameter that names weights
+ENCODER = "encoder.safetensors"  # in the folder of a finished run
+VISSL_SIMCLR = (
+    "https://dl.fbaipublicfiles.com/vissl/model_zoo/simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/"
+    "model_final_checkpoint_phase799.torch"
+)
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
 _KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
 _GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
@@ -270,7 +276,7 @@ def _is_first() -> bool:
 
 
 class _Stop:
-    """Set by SIGTERM or SIGUSR1, looked at after every step by all processes together."""
+    """Set by SIGTERM, SIGUSR1 or SIGUSR2 (submitit's), looked at after every step by all processes together."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -278,7 +284,7 @@ class _Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals meanwhile; afterwards they mean what they meant before."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
         try:
             yield
         finally:
@@ -378,10 +384,12 @@ def training_images(settings: Settings) -> data.ImageSet:
         raise ValueError(f"stream: found {images.name}, which is no set of image files, expected one of {list(imagenet.SETS)}")
     if images.labels is None and settings.objective == "supervised":
         raise ValueError(f"data: found no labels in {images.name}, expected some for the supervised objective")
+    return _at_least_a_batch(images, settings)
+
+
+def _at_least_a_batch(images: data.ImageSet, settings: Settings, of: str = "images") -> data.ImageSet:
     if len(images) < settings.batch_size:
-        raise ValueError(
-            f"batch_size: found {settings.batch_size} with {len(images)} images, expected at most one batch an epoch"
-        )
+        raise ValueError(f"batch_size: found {settings.batch_size} with {len(images)} {of}, expected at most one batch an epoch")
     return images
 
 
@@ -415,6 +423,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     n_classes = 1 if images.labels is None else int(images.labels.max()) + 1
     if isinstance(images, data.FolderSet):
         images = stream.readable(images, folder, settings.allow_unreadable, settings.workers, _say)
+        images = _at_least_a_batch(images, settings, "readable images")
     model = make_model(settings, n_classes).to(device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -513,7 +522,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     if _is_first() and step == last_step:
         head = model.head if isinstance(model.head, nn.Linear) else None
         told = json.dumps({k: v for k, v in asdict(settings).items() if k != "output"})  # a folder is nobody else's business
-        encoders.save_encoder(model.encoder, folder / "encoder.safetensors", head=head, steps=step, settings=told)
+        encoders.save_encoder(model.encoder, folder / ENCODER, head=head, steps=step, settings=told)
     return 0
 
 
@@ -615,11 +624,12 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
     """
     defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings) if f.name != "objective"}
     allowed = defaults | {f"supervised_{k}": v for k, v in defaults.items()} | {"profile": "digits", "output": "", "processes": 1}
-    checked = parameters.validate(allowed, given)
+    checked = parameters.validate(allowed | dict.fromkeys(TAKEN.values(), ""), given)
     folder = record.output_folder(checked["profile"], checked["output"])
     chosen = {k: v for k, v in given.items() if k in defaults}
     if objective == "supervised":
-        chosen |= {k.removeprefix("supervised_"): v for k, v in given.items() if k.startswith("supervised_")}
+        own = {k: v for k, v in given.items() if k.startswith("supervised_") and k not in TAKEN.values()}
+        chosen |= {k.removeprefix("supervised_"): v for k, v in own.items()}
     chosen["output"] = str(folder / "pretraining" / objective)
     return Settings(objective=objective, **parameters.validate(defaults, chosen))
 
@@ -637,23 +647,132 @@ def run_folder(settings: Settings) -> Path:
 def obtain(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     """The folder of a finished run with these parameters: this user's own; else the one that the project keeps; else trained now.
 
+    With `pretrained` (or `supervised_pretrained`) nothing is trained: see `take`.
     What the project keeps of a profile lies in outputs/reference/<profile>/pretraining/<objective>. Its file is used only when
     its digest is right and it was trained with just these settings, and it is said that it was used.
     """
     settings = settings_from(given, objective)
+    if name := given.get(TAKEN[objective]):
+        return take(name, settings)
     if record.forced():  # reproduce --force: nothing finished or kept is taken
         record.set_aside(run_folder(settings))
         return launch(given, objective)
     kept = record.checkout() / "outputs" / "reference" / str(given.get("profile", "digits")) / "pretraining" / objective
-    if run_folder(settings).is_dir() or not (kept / "encoder.safetensors").is_file():  # one's own, be it interrupted, comes first
+    if run_folder(settings).is_dir() or not (kept / ENCODER).is_file():  # one's own, be it interrupted, comes first
         return launch(given, objective)
-    _, about = encoders.read_safetensors(kept / "encoder.safetensors", encoders.FORMAT)  # compares its digest
+    _, about = encoders.read_safetensors(kept / ENCODER, encoders.FORMAT)  # compares its digest
     if different := different_settings(json.loads(about["settings"]), settings):
         print(f"{objective}: the encoder that the project keeps was trained otherwise ({', '.join(different)}): training anew")
         return launch(given, objective)
     print(f"{objective}: taking the encoder that the project keeps, trained with these settings. To train your own instead, run")
     print(f"  {record.interpreter()} -m cadetlib.pretrain --params params/{kept.parents[1].name}/01_pretraining.yaml")
     return Path(shutil.copytree(kept, f"{settings.output}-kept", dirs_exist_ok=True))
+
+
+# --- weights that others have trained ---------------------------------------------------------------------------------------
+
+
+def take(name: str, settings: Settings) -> Path:
+    """A folder with the encoder that others trained, as a run of these settings would have left it, so that it serves as one.
+
+    name: what `encoders.load_encoder` takes, a file's relative path beginning at the data root; for the supervised objective it
+    has to bring its classifier, for the very classes of `settings.data`: "torchvision:NAME", or a file of this project with a
+    head. Of the log there is one line, which says the epochs that the parameters state. FileNotFoundError says how to get what
+    is not there; ValueError when it is no ResNet, or has no such classifier.
+    """
+    parameter, supervised = TAKEN[settings.objective], settings.objective == "supervised"
+    if absent := missing_weights({parameter: name}):
+        raise FileNotFoundError(absent[0])
+    found = str(_weights_place(name))
+    try:
+        encoder = _as_resnet(encoders.load_encoder(found), name)
+        head = _head_of(found, parameter, _prepared(settings.data, settings)) if supervised else None
+    except OSError as error:  # what could not be downloaded; a reproduce is told to do without the network
+        raise FileNotFoundError(
+            f"{parameter}: found no weights of {name} here, and could not download them ({error}); on a machine with a network "
+            f"run `python -c \"from cadetlib.encoders import load_encoder; load_encoder('{name}')\"` and bring its cache, the "
+            "folder of TORCH_HOME or HF_HOME; or leave the parameter empty to train"
+        ) from error
+    folder = Path(f"{settings.output}-taken-{record.digest([name, encoders.fingerprint(encoder)])[:8]}")
+    shown = name if _is_named(name) else Path(name).name  # a folder is nobody else's business
+    encoders.save_encoder(encoder, folder / ENCODER, head=head, source=shown)
+    _Log(folder / "log.jsonl", -1).write(step=0, epoch=float(settings.epochs), source=shown)
+    return folder
+
+
+def missing_weights(given: Mapping[str, Any]) -> list[str]:
+    """For each file that `pretrained` and `supervised_pretrained` name and that is not there, what to do about it.
+
+    >>> missing_weights({"pretrained": "", "supervised_pretrained": "torchvision:resnet50"})
+    []
+    """
+    found = {k: given.get(k, "") for k in TAKEN.values()}
+    return [
+        f"{k}: found no file {_weights_place(name)} (a relative path begins at the data root, CADET_DATA), expected weights; put "
+        f"them there, or leave the parameter empty to train. VISSL's SimCLR, ResNet-50 of 800 epochs: {VISSL_SIMCLR}"
+        for k, name in found.items()
+        if name and not _is_named(name) and not _weights_place(name).is_file()
+    ]
+
+
+def origin(folder: Path) -> str:
+    """Where the encoder in a run's folder is from, in words."""
+    about = encoders.read_safetensors(folder / ENCODER, encoders.FORMAT)[1]
+    return f"{about['source']}, trained by others" if "source" in about else "trained with these parameters"
+
+
+def _is_named(name: str) -> bool:
+    return name.partition(":")[0] in ("torchvision", "timm")
+
+
+def _weights_place(name: str) -> Path:
+    """The file of a name; the name itself when another library knows it."""
+    return Path(name) if _is_named(name) else data.root() / Path(name).expanduser()
+
+
+def _as_resnet(encoder: nn.Module, name: str) -> encoders.ResNet:
+    """The same encoder as a ResNet of this project, in which later notebooks find its stages; ValueError when it is none."""
+    if isinstance(encoder, encoders.ResNet):
+        return encoder
+    from cadetlib import foreign
+
+    _, weights = foreign.encoder_weights({k.removeprefix("network."): v for k, v in encoder.state_dict().items()}, name)
+    mean, std = (getattr(encoder.normalize, k).flatten().tolist() for k in ("mean", "std"))
+    size = encoder.image_size
+    made = encoders.ResNet(*foreign.architecture(weights, name), image_size=size, mean=mean, std=std)  # type: ignore[arg-type]
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
+    with torch.no_grad(), suppress(RuntimeError):  # weights that do not fit
+        made.load_state_dict(weights, strict=False)
+        if torch.allclose(made.eval()(images), encoder(images), rtol=1e-3, atol=1e-4):
+            return made
+    raise ValueError(
+        f"{name}: found a network that computes something else than a ResNet of its weights, expected a plain ResNet"
+    )
+
+
+def _head_of(name: str, parameter: str, images: data.ImageSet) -> nn.Linear:
+    """The classifier that comes with the weights; ValueError when there is none, or one of other classes than the images'."""
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision":
+        from torchvision import models
+
+        head = getattr(models.get_model(rest, weights="IMAGENET1K_V1"), "fc", None)
+    else:
+        head = encoders.head_of(name) if name.endswith(".safetensors") else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{parameter}: found {name} without a linear classifier, expected 'torchvision:NAME' of a ResNet or a .safetensors "
+            "file of this project saved with its head"
+        )
+    n_classes = 0 if images.labels is None else int(images.labels.max()) + 1
+    if head.out_features != n_classes:
+        raise ValueError(
+            f"{parameter}: found a classifier of {head.out_features} classes and {n_classes} in {images.name}, expected the same"
+        )
+    return head
+
+
+# --- a process of its own ---------------------------------------------------------------------------------------------------
 
 
 def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:

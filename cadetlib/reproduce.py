@@ -1,12 +1,14 @@
 """A profile, notebook by notebook, through papermill.
 
     python -m cadetlib.reproduce PROFILE [--only 02,04] [--force] [--gpus 0,1] [--output DIR]
+    python -m cadetlib.reproduce PROFILE --slurm [--slurm-partition P] [--slurm-minutes 1440] [--slurm-gpus 1] [--slurm-cpus 8]
 
 Every parameter is checked before anything starts. A notebook is skipped when its key (parameters, source, library, data and
 the results it needs) is the one its results on disk were made with, so that after a failure or a kill the same command goes
 on where it stopped. A notebook is done when papermill ended well and the results of this very run are on disk: a killed
 kernel leaves papermill's cells looking completed. It is done no more when its figures, or files that its results name, are
-lost or changed. --force redoes what is done, training too. Exit codes: 0 all results on disk, 1 a notebook failed, 2 refused.
+lost or changed. --force redoes what is done, training too. Exit codes: 0 all results on disk, 1 a notebook failed, 2 refused;
+with --slurm (see `slurm`), which waits for nothing, 0 says that all that was to be done is submitted.
 """
 
 from __future__ import annotations
@@ -183,6 +185,16 @@ def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
     from cadetlib import data
 
     return data.missing(list(dict.fromkeys(names)))
+
+
+def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
+    """For each file of weights that a notebook is to take from others and that is not there, what to do about it."""
+    named = [n.parameters for n in notebooks if n.parameters.get("pretrained") or n.parameters.get("supervised_pretrained")]
+    if not named:
+        return []
+    from cadetlib import pretrain
+
+    return [line for given in named for line in pretrain.missing_weights(given)]
 
 
 # --- what is done -------------------------------------------------------------------------------------------------------
@@ -457,21 +469,32 @@ def _signals_end_it() -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees however this process ends; ValueError when another one holds it."""
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+def _locked(path: Path, how: int, what: str) -> Iterator[None]:
+    """Hold a lock, which the system frees however this process ends; ValueError when another one holds it."""
+    with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise ValueError(
-                f"{folder}: found another reproduce at work here (process {file.read().strip()}), expected none; "
+                f"{path.parent}: found another reproduce at work {what} (process {file.read().strip()}), expected none; "
                 "wait for it, end it, or name another folder with --output"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def _alone_in(folder: Path, notebook: str = "") -> Iterator[None]:
+    """Hold the folder's lock; with `notebook` that one's, and the folder's together with the jobs of other notebooks."""
+    with _locked(folder / ".lock", fcntl.LOCK_SH if notebook else fcntl.LOCK_EX, "here"):
+        if not notebook:
+            yield
+            return
+        with _locked(folder / f".lock-{notebook}", fcntl.LOCK_EX, f"on {notebook}"):
+            yield
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
@@ -526,6 +549,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help=FORCE)
     parser.add_argument("--gpus", metavar="0,1", help="run notebooks side by side, one on each of these GPUs")
     parser.add_argument("--output", metavar="DIR", default="", help="folder of the results (outputs/PROFILE in the checkout)")
+    slurm = parser.add_argument_group("on a cluster")
+    slurm.add_argument("--slurm", action="store_true", help="submit each notebook as a job, after those it needs; wait for none")
+    slurm.add_argument("--slurm-partition", metavar="P", default="", help="the cluster's default, unless given")
+    slurm.add_argument("--slurm-minutes", metavar="N", type=int, default=1440, help="limit of a job, which then goes on (1440)")
+    slurm.add_argument("--slurm-gpus", metavar="N", type=int, default=1, help="of a job; pretraining gets its `processes` (1)")
+    slurm.add_argument("--slurm-cpus", metavar="N", type=int, default=8, help="for each GPU, or without any for the job (8)")
     return parser.parse_args(arguments)
 
 
@@ -541,32 +570,51 @@ def _to_continue(chosen: argparse.Namespace) -> str:
     return f"{record.interpreter()} -m cadetlib.reproduce {shlex.join([chosen.profile, *options])}"
 
 
-def reproduce(chosen: argparse.Namespace) -> int:
-    """Check everything, then run; the exit code. ValueError for what is refused before anything starts."""
+def reproduce(chosen: argparse.Namespace, job_of: str = "") -> int:
+    """Check everything, then run or submit; the exit code. ValueError for what is refused before anything starts.
+
+    job_of: the one notebook of `--only`, when jobs of other notebooks may be at work in the same folder.
+    """
     root = record.checkout()
     notebooks = notebooks_of(chosen.profile, root)
     selected = select(notebooks, chosen.only)
+    if chosen.slurm and chosen.gpus:
+        raise ValueError(f"--gpus: found {chosen.gpus!r} beside --slurm, expected one of them (--slurm-gpus counts a job's)")
     slots = gpu_slots(chosen.gpus)
-    missing = missing_data(selected)
+    missing = missing_data(selected) + missing_weights(selected)
     if missing:
         raise ValueError("\n".join(missing))
     output = _absolute(chosen.output)
     folder = record.output_folder(chosen.profile, output)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with _alone_in(folder, job_of):
         job = Job(root, folder, output, library_digest(), data_listing(), chosen.force)
         _check_needs(notebooks, selected, job)
         for n in selected if chosen.force else ():
             _done_file(folder, n.name).unlink(missing_ok=True)
+        if chosen.slurm:
+            from cadetlib import slurm
+
+            request = slurm.Request(chosen.slurm_partition, chosen.slurm_minutes, chosen.slurm_gpus, chosen.slurm_cpus)
+            slurm.submit(chosen.profile, selected, job, request, say)
+            return 0
         outcomes = run_all(selected, job, slots)
         say(_summary(selected, outcomes, folder))
         for outcome in outcomes.values():
             if outcome.failure:
                 say(f"\n{outcome.failure}")
+        if any(n.parameters.get("dry_run") for n in notebooks):
+            say("this was a dry run: no number of it is a result")
         if all(is_done(folder, n.name) for n in selected):
             return 0
     say(f"\nto go on from here, in {record.checkout()}: {_to_continue(chosen)}")
     return 1
+
+
+def run_job(profile: str, name: str, output: str = "", force: bool = False) -> int:
+    """Run one notebook as `--only` does, but beside jobs of other notebooks in the same folder; the exit code."""
+    options = ["--only", name, *(["--output", output] if output else []), *(["--force"] if force else [])]
+    return reproduce(_arguments([profile, *options]), job_of=name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

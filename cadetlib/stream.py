@@ -41,6 +41,8 @@ def shares(n_images: int, batch_size: int, seed: int, first: int, last: int, ran
     [(0, 2), (1, 2), (1, 2)]
     """
     steps_per_epoch, share = n_images // batch_size, batch_size // world
+    if not steps_per_epoch:
+        raise ValueError(f"batch_size: found {batch_size} with {n_images} images, expected at most one batch an epoch")
     order, order_epoch = torch.empty(0), -1
     for step in range(first, last):
         epoch, position = divmod(step, steps_per_epoch)
@@ -165,7 +167,7 @@ def _outlive_signals(_: int) -> None:
 
     Not for ever: a process that ends by an error terminates the workers it still has, and waits for them.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_SECONDS))  # SIGALRM ends it
 
