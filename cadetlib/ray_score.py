@@ -1,0 +1,371 @@
+"""p-values for millions of images on many machines, through Ray Data: a folder or an object store in, Parquet out.
+
+    python -m cadetlib.ray_score --detector detector.safetensors --images s3://bucket/images --out s3://bucket/p_values \\
+        --alpha 0.05 --address auto
+
+Images are read and decoded by tasks on CPU workers, scored by actors that hold the detector, on a GPU each where there are
+any, and written as Parquet. What is scheduled where, what is held back, and what is done again when a machine is lost is
+Ray's business. The detector and its encoder are read once, where the command runs, and reach the actors through Ray.
+
+One row an image, with the numbers of `cadetlib.score`, null where its table is empty. Which images are done is read from the
+Parquet files in --out, so that the same command goes on where an earlier one was stopped. Exit codes: those of `cadetlib.score`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cadetlib import checks, data, encoders, record, score, thresholds
+from cadetlib.cadet import CADet
+
+try:  # an optional extra: its lack is said by `main`, not to whoever imports the package
+    import pyarrow as pa
+    import ray
+    import ray.data
+    from pyarrow import dataset, fs, parquet
+except ModuleNotFoundError:
+    pa = ray = None  # type: ignore[assignment]
+
+SETTINGS = "_settings.json"  # readers of Parquet folders pass over names with an underscore
+_THREADS = 8  # that read in one task: an object store answers slowly and many at once
+_MAX_RETRIES = 10  # of a task whose object store says that it is overloaded, or whose machine is lost
+_BLOCKS_PER_ACTOR = 4  # at least, so that no actor waits long for the last one
+
+
+# --- files, wherever they are -------------------------------------------------------------------------------------------
+
+
+def place(uri: str) -> tuple[Any, str]:
+    """The pyarrow file system of a folder and the folder's path there: s3://, gs://, abfs://, hdfs:// or a local path."""
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).resolve())
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    return filesystem, path.rstrip("/")
+
+
+def listed(uri: str) -> list[str]:
+    """Paths, from the folder on, of all images below it, in a fixed order; FileNotFoundError when there is none.
+
+    ValueError for a name that is not UTF-8, which Parquet's text could not hold.
+    """
+    filesystem, folder = place(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        paths = list(data.images_below(folder))  # follows links to folders, and lists links that lead nowhere
+    else:
+        found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+        paths = sorted(i.path[len(folder) + 1 :] for i in found if i.type is fs.FileType.File and data.is_image(i.path))
+    if not paths:
+        raise FileNotFoundError(f"found no image below {uri}, expected files ending in {data.KINDS}")
+    for path in paths:
+        if path.encode(errors="replace").decode() != path:
+            raise ValueError(f"found the file name {os.fsencode(path)!r}, expected UTF-8; rename it, or use cadetlib.score")
+    return paths
+
+
+class _Named(io.BytesIO):
+    """The bytes of a file under its name: what Pillow says of them is what it would say of the file."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __repr__(self) -> str:
+        return repr(self._name)
+
+    def __str__(self) -> str:
+        return self._name
+
+
+def decoded(content: bytes, path: str, size: int) -> score.Decoded:
+    """`score.decode` of a file's bytes, with the same image and the same error.
+
+    >>> decoded(b"PNG", "cut.png", size=32).error
+    "found no readable image (cannot identify image file 'cut.png'), expected a whole image file; replace or remove it"
+    """
+    try:
+        return score.Decoded(path, data.read_image(_Named(content, path), size))  # type: ignore[arg-type]
+    except Exception as error:  # as in `score.decode`
+        return score.Decoded(path, None, str(error).replace(f"{path}: ", "") or type(error).__name__)
+
+
+def _read(filesystem: Any, folder: str, path: str, size: int) -> score.Decoded:
+    """One image. What a file system refuses is the file's error; what Ray Data calls worth a second try is raised."""
+    try:
+        with filesystem.open_input_stream(f"{folder}/{path}", compression=None) as file:
+            content = file.read()
+    except OSError as error:
+        if any(sign in str(error) for sign in ray.data.DataContext.get_current().retried_io_errors):
+            raise
+        return score.Decoded(path, None, f"could not be read ({error})")
+    return decoded(content, path, size)
+
+
+# --- the stages ---------------------------------------------------------------------------------------------------------
+
+
+def decode(batch: dict[str, np.ndarray], images: str, size: int) -> dict[str, np.ndarray]:
+    """Stage 1, on CPU workers: `path` (N,) -> with `image` (N, 3, size, size) uint8, black where there is an `error` (N,)."""
+    filesystem, folder = place(images)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        items = list(pool.map(lambda path: _read(filesystem, folder, path, size), batch["path"]))
+    black = np.zeros((3, size, size), np.uint8)
+    pixels = np.stack([black if item.image is None else item.image.numpy() for item in items])
+    return {"path": batch["path"], "image": pixels, "error": np.array([item.error for item in items], dtype=object)}
+
+
+class Scorer:
+    """Stage 2, an actor: holds the detector and turns decoded images into rows."""
+
+    def __init__(self, detector: Any, threshold: float, device: str) -> None:
+        self.detector: CADet = ray.get(detector)
+        score._placed(self.detector.encoder, device)
+        self.threshold = threshold
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Any:
+        columns = batch["path"], torch.from_numpy(batch["image"].copy()), batch["error"]
+        chunk = [score.Decoded(path, None if error else image, error) for path, image, error in zip(*columns, strict=True)]
+        return table_of(score.rows_of_chunk(self.detector, chunk, self.threshold))
+
+
+def table_of(rows: Sequence[Sequence[str]]) -> Any:
+    """Lines of `score.rows_of_chunk` as a pyarrow table: numbers as float64, `flagged` as bool, null for what is empty."""
+    columns = dict(zip(score.COLUMNS, ([field or None for field in fields] for fields in zip(*rows, strict=True)), strict=True))
+    numbers = {name: [v and float(v) for v in columns[name]] for name in ("score", "m_in", "m_out", "p_value")}
+    flagged = [v and v == "True" for v in columns["flagged"]]
+    types = {name: pa.string() for name in score.COLUMNS} | dict.fromkeys(numbers, pa.float64()) | {"flagged": pa.bool_()}
+    return pa.table(columns | numbers | {"flagged": flagged}, schema=pa.schema(types))
+
+
+def images_per_block(n_images: int, n_actors: int, step: int, most: int = 512) -> int:
+    """How many images one task reads and one Parquet file holds, about `most`: whole forward passes of `step` images.
+
+    Few images are spread over all actors.
+
+    >>> images_per_block(1_000_000, 8, step=20), images_per_block(1000, 8, step=20)
+    (520, 40)
+    """
+    wanted = min(most, math.ceil(n_images / (_BLOCKS_PER_ACTOR * n_actors)))
+    return step * math.ceil(wanted / step)
+
+
+def run(
+    paths: Sequence[str], images: str, out: str, detector: CADet, threshold: float, actors: int, gpus: float, most: int
+) -> None:
+    """Score the images and add their rows to the folder `out`; every file of it is whole or, after a crash, has no end.
+
+    A task that Ray repeats writes the same rows under the same name: a file's name is that of the run and the task's number.
+    Ray Data begins lost actors again, and their tasks, without being asked to. Paths go in rather than `read_binary_files`,
+    which ends a run at the first file that cannot be opened and passes over names with an underscore.
+    """
+    block = images_per_block(len(paths), actors, score._images_per_step(detector), most)
+    table = pa.table({"path": pa.array(paths, pa.string())})
+    filesystem, folder = place(out)
+    rows = ray.data.from_arrow([table.slice(start, block) for start in range(0, len(paths), block)]).map_batches(
+        decode,  # type: ignore[arg-type]
+        batch_size=None,
+        batch_format="numpy",
+        fn_kwargs={"images": images, "size": detector.image_size},
+        retry_exceptions=[OSError],  # these options also keep Ray Data from fusing the stages, and reading in the actors
+        max_retries=_MAX_RETRIES,
+    )
+    rows = rows.map_batches(
+        Scorer,
+        batch_size=min(block, score._images_per_chunk(detector)),
+        batch_format="numpy",
+        fn_constructor_args=(ray.put(detector), threshold, "cuda" if gpus else "cpu"),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0 if gpus else 1,
+        num_gpus=gpus,
+    )
+    rows.write_parquet(folder, filesystem=filesystem)
+
+
+# --- what is written ----------------------------------------------------------------------------------------------------
+
+
+def settings_of(detector: CADet, images: str, threshold: float) -> dict[str, Any]:
+    """What the rows of one folder have in common."""
+    filesystem, folder = place(images)
+    where = hashlib.sha256(os.fsencode(f"{filesystem.type_name}://{folder}")).hexdigest()
+    return score.Settings(detector.fingerprint(), threshold, where).stated()
+
+
+def claim(out: str, settings: dict[str, Any]) -> None:
+    """Record the settings in the folder; ValueError when it holds rows of other settings, or Parquet files of something else."""
+    filesystem, folder = place(out)
+    file = f"{folder}/{SETTINGS}"
+    if filesystem.get_file_info(file).type is fs.FileType.NotFound:
+        if _parquet_files(out):
+            raise ValueError(f"{out}: found Parquet files without {SETTINGS}, expected an empty folder; choose another --out")
+        _write(filesystem, file, json.dumps(settings, indent=2) + "\n")
+        return
+    with filesystem.open_input_stream(file) as stream:
+        found = json.loads(stream.read())
+    other = [key for key, value in settings.items() if found.get(key) != value]
+    if other:
+        raise ValueError(
+            f"{out}: found rows of another {', '.join(other)}, expected those of an unfinished run of this very command; choose "
+            "another --out, or remove it"
+        )
+
+
+def _write(filesystem: Any, file: str, text: str) -> None:
+    if isinstance(filesystem, fs.LocalFileSystem):
+        record.write_atomically(file, text)
+        return
+    with filesystem.open_output_stream(file) as stream:  # an object is there when it is closed, as a whole
+        stream.write(text.encode())
+
+
+def _parquet_files(out: str) -> list[str]:
+    filesystem, folder = place(out)
+    found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    return sorted(info.path for info in found if info.path.endswith(".parquet"))
+
+
+def written(out: str) -> list[str]:
+    """The paths of all rows in a folder. A Parquet file that was cut short, as a crash leaves it on a disk, is removed."""
+    filesystem, _ = place(out)
+
+    def paths_in(file: str) -> list[str]:
+        try:
+            with filesystem.open_input_file(file) as stream:
+                return parquet.ParquetFile(stream).read(columns=["path"])["path"].to_pylist()
+        except pa.ArrowInvalid:  # its end, which is written last, is not there
+            filesystem.delete_file(file)
+            return []
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [path for paths in pool.map(paths_in, _parquet_files(out)) for path in paths]
+
+
+def check_rows(out: str, paths: Sequence[str]) -> None:
+    """Every image has its row, and one only; ValueError when not."""
+    found = written(out)
+    lacking, twice = set(paths).difference(found), len(found) - len(set(found))
+    if lacking:
+        raise ValueError(f"{out}: found no row of {len(lacking)} images, such as {min(lacking)}; run the same command again")
+    if twice:
+        raise ValueError(
+            f"{out}: found {twice} rows more than images, expected one row an image: two runs wrote at the same time; an image's "
+            "rows are equal, so keep any one"
+        )
+
+
+def summary(out: str) -> score.Summary:
+    """Counts over the rows in a folder, and its first failures."""
+    filesystem, _ = place(out)
+    rows = dataset.dataset(_parquet_files(out), filesystem=filesystem)
+    failed = dataset.field("error").is_valid()
+    first = rows.to_table(columns=["path", "error"], filter=failed).sort_by("path").slice(0, 10).to_pylist()
+    flagged = dataset.field("flagged")
+    return score.Summary(rows.count_rows(), rows.count_rows(filter=flagged), rows.count_rows(filter=failed), first, [])
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+
+
+def score_images(
+    detector: CADet, images: str, out: str, threshold: float, actors: int = 1, gpus: float = 0, most: int = 512
+) -> score.Summary:
+    """Write the p-value of every image below `images` that has no row in `out` yet -> what `out` then holds.
+
+    images, out: folders, local or as URI; actors: that score, with `gpus` each; most: images in a task and a Parquet file.
+    Ray is used as it is connected. ValueError for a folder of other settings; Ray's errors when it gives up.
+    """
+    claim(out, settings_of(detector, images, threshold))
+    paths = listed(images)
+    done = set(written(out))
+    lacking = [path for path in paths if path not in done]
+    score._say(f"{len(paths)} images, {len(paths) - len(lacking)} done")
+    if lacking:
+        run(lacking, images, out, detector, threshold, actors, gpus, most)
+    check_rows(out, paths)
+    return summary(out)
+
+
+def workers(actors: int, gpus: float | None, resources: dict[str, float]) -> tuple[int, float]:
+    """How many actors there are, and GPUs for each, on a cluster with `resources`; 0 and None are decided by what is there.
+
+    Without a GPU half of the CPUs score and half read. ValueError when no CPU would be left to read images: Ray would wait.
+
+    >>> workers(0, None, {"CPU": 64, "GPU": 8}), workers(0, None, {"CPU": 16}), workers(16, 0.5, {"CPU": 64, "GPU": 8})
+    ((8, 1), (8, 0), (16, 0.5))
+    """
+    cpus, found = int(resources.get("CPU", 0)), resources.get("GPU", 0)
+    gpus = min(1, found) if gpus is None else gpus
+    actors = actors or max(1, int(found / gpus) if gpus else cpus // 2)
+    if not gpus and actors >= cpus:
+        raise ValueError(f"found {actors} actors on {cpus} CPUs, expected at least one CPU more than actors, to read images")
+    return actors, gpus
+
+
+def _score(options: argparse.Namespace) -> int:
+    encoder = encoders.load_encoder(options.encoder or score.recorded_encoder(Path(options.detector)))
+    detector = CADet.load(options.detector, score._placed(encoder, "cpu"), options.batch_size)
+    threshold = score._threshold(options, detector)
+    ray.init(address=options.address or None, ignore_reinit_error=True, logging_level=logging.WARNING)
+    actors, gpus = workers(options.actors, options.gpus_per_actor, ray.cluster_resources())
+    found = score_images(detector, options.images, options.out, threshold, actors, gpus, options.images_per_file)
+    promised = thresholds.promised(len(detector.calibration_scores_), threshold)
+    score._say(
+        f"{options.out}: {found.n} files, {found.n - found.failed} scored, {found.flagged} flagged at p <= {threshold:g}; "
+        f"of normal images, {promised.expected:.2%} [{promised.low:.2%}, {promised.high:.2%}] would be"
+    )
+    return score._report_failures(found.failed, [(row["path"], row["error"]) for row in found.first_failed])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cadetlib.ray_score", description="p-values for millions of images")
+    parser.add_argument("--detector", required=True, help="what `cadetlib.score fit` wrote, readable where this command runs")
+    parser.add_argument("--encoder", default="", help="default: the one named at `fit`")
+    parser.add_argument(
+        "--images", required=True, help="folder of the images to judge: s3://, gs://, or where all machines see it"
+    )
+    parser.add_argument("--out", required=True, help="folder of the Parquet files, likewise; an unfinished one is gone on with")
+    parser.add_argument("--alpha", type=float, help="flag when the p-value is at most this; default 0.05")
+    parser.add_argument("--threshold", default="", help="instead of --alpha: a threshold saved in notebook 06")
+    parser.add_argument("--actors", type=int, default=0, help="that score; default: one a GPU, or half of the CPUs")
+    parser.add_argument("--gpus-per-actor", type=float, help="default: 1, or 0 on a cluster without GPUs")
+    parser.add_argument("--address", default="", help="of the Ray cluster, such as auto; default: a new one on this machine")
+    parser.add_argument("--batch-size", type=int, default=1024, help="views at a time")
+    parser.add_argument("--images-per-file", type=int, default=512, help="images in a task and a Parquet file, about")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of this module -> its exit code."""
+    options = _parser().parse_args(arguments)
+    if ray is None:
+        score._say("error: found no Ray Data, expected `pip install -r requirements-ray.txt`, here and on every machine")
+        return 1
+    try:
+        checks.at_least(options.actors, "actors", 0)
+        checks.at_least(options.images_per_file, "images-per-file", 1)
+        return _score(options)
+    except (ValueError, OSError, ray.exceptions.RayError) as error:
+        score._say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        score._say("stopped; the same command goes on from here")
+        return 130
+
+
+if __name__ == "__main__":
+    from cadetlib import ray_score  # under the name by which workers find it, where Ray would send __main__ as source
+
+    sys.exit(ray_score.main())

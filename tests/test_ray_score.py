@@ -1,0 +1,223 @@
+"""Scoring through Ray Data: a row an image, equal to the single process; on three nodes, one of which is killed in the middle."""
+
+import csv
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_score import FORMATS, fill
+
+from cadetlib import encoders, ray_score, score
+from cadetlib.cadet import CADet
+
+ray = pytest.importorskip("ray", reason="needs Ray Data: pip install -r requirements-ray.txt")
+pa = pytest.importorskip("pyarrow")
+fs = pytest.importorskip("pyarrow.fs")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+N_MORE = 40
+DAMAGED = {"broken.png", "deep/empty.jpg", "gone.png"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A detector, a folder of images in many formats with damaged ones among them, and the single process's table of it."""
+    home = tmp_path_factory.mktemp("ray")
+    torch.manual_seed(0)
+    encoders.save_encoder(encoders.ResNet("resnet10", width=4, stem="cifar", image_size=16), home / "encoder.safetensors")
+    fill(home / "reference", [f"{i}.png" for i in range(12)], 100)
+    fill(home / "calibration", [f"{i}.png" for i in range(39)], 200)
+    images = fill(home / "images", [*FORMATS, "_under.png", *(f"more/{i % 3}/{i:02d}.png" for i in range(N_MORE))], 300)
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:150])
+    (images / "deep" / "empty.jpg").write_bytes(b"")
+    (images / "gone.png").symlink_to("nowhere.png")
+    (images / "notes.txt").write_text("no image")
+    fit = ["fit", "--encoder", home / "encoder.safetensors", "--out", home / "detector.safetensors", "--no-flip", "--n-views", 6]
+    fit += ["--reference", home / "reference", "--calibration", home / "calibration", "--batch-size", 24]
+    assert score.main([*map(str, fit)]) == 0
+    single = ["score", "--detector", home / "detector.safetensors", "--images", images, "--out", home / "p.csv", "--alpha", 0.2]
+    assert score.main([*map(str, single), "--batch-size", "24"]) == score.SOME_FAILED
+    return home
+
+
+@pytest.fixture(scope="module")
+def detector(home):
+    return CADet.load(home / "detector.safetensors", encoders.load_encoder(home / "encoder.safetensors"), 24)
+
+
+def single_process(home):
+    with open(home / "p.csv", newline="") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def rows_of(out):
+    return [row for file in sorted(Path(out).glob("*.parquet")) for row in parquet.read_table(file).to_pylist()]
+
+
+def run(home, out, *more):
+    options = ["--detector", home / "detector.safetensors", "--images", home / "images", "--out", out, "--batch-size", 24]
+    return ray_score.main([*map(str, [*options, *more])])
+
+
+# --- on a cluster -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(tmp_path_factory):
+    """Three nodes of one CPU each, in processes of this machine."""
+    from ray.cluster_utils import Cluster
+
+    # Ray's agents have 15 seconds to start, of which this optional part of jsonschema would take most on a busy machine.
+    light = tmp_path_factory.mktemp("light")
+    (light / "rfc3987_syntax.py").write_text("raise ImportError('left out by a test')")
+    node = dict(num_cpus=1, object_store_memory=100 * 2**20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(light), prepend=os.pathsep)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(
+            initialize_head=True, head_node_args=dict(include_dashboard=False, no_monitor=True, include_log_monitor=False, **node)
+        )
+        try:
+            for _ in range(2):
+                cluster.add_node(**node)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def node_of_actor(cluster):
+    """The node whose process holds the detector; another one when that is the head, without which a cluster ends."""
+    for node in cluster.worker_nodes:
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        if any("MapWorker" in " ".join(child.cmdline()) for child in raylet.children()):
+            return node
+    return next(iter(cluster.worker_nodes))
+
+
+def kill_in_the_middle(cluster, out, seen):
+    while not ray_score._parquet_files(str(out)):
+        time.sleep(0.01)
+    cluster.remove_node(node_of_actor(cluster), allow_graceful=False)
+    seen.append(len(ray_score._parquet_files(str(out))))
+
+
+def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cluster, capfd):
+    out, seen, expected = tmp_path / "out", [], single_process(home)
+    options = ["--alpha", 0.2, "--actors", 1, "--images-per-file", 4, "--address", cluster.address]
+    killer = threading.Thread(target=kill_in_the_middle, args=(cluster, out, seen), daemon=True)
+    killer.start()
+    assert run(home, out, *options) == score.SOME_FAILED
+    killer.join()
+    files = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert 1 <= seen[0] < len(files), "the node was not killed in the middle"
+
+    rows = rows_of(out)
+    assert sorted(row["path"] for row in rows) == sorted(expected), "not one row an image"
+    for row in rows:
+        single = expected[row["path"]]
+        assert bool(row["error"]) == bool(single["error"]) == (row["path"] in DAMAGED)
+        for key in ("score", "m_in", "m_out", "p_value"):
+            assert row[key] == (float(single[key]) if single[key] else None), (row, single)
+        assert row["flagged"] == {"True": True, "False": False, "": None}[single["flagged"]]
+
+    capfd.readouterr()
+    assert run(home, out, *options) == score.SOME_FAILED
+    assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == files, "images were scored again"
+    said = capfd.readouterr().err
+    assert f"{len(rows)} images, {len(rows)} done" in said and "3 files could not be read" in said and "broken.png" in said
+    assert f"{sum(row['flagged'] == 'True' for row in expected.values())} flagged at p <= 0.2" in said
+
+
+# --- without one --------------------------------------------------------------------------------------------------------
+
+
+def local_run(paths, images, out, detector, threshold, *_):
+    """What `ray_score.run` does, in this process, into a file of its own."""
+    chunk = [score.decode(images, path, detector.image_size) for path in paths]
+    table = ray_score.table_of(score.rows_of_chunk(detector, chunk, threshold))
+    parquet.write_table(table, Path(out) / f"{len(list(Path(out).glob('*.parquet')))}.parquet")
+
+
+def test_a_folder_is_gone_on_with_and_files_cut_short_do_not_count(home, detector, tmp_path, monkeypatch):
+    out, asked = tmp_path / "out", []
+    monkeypatch.setattr(ray_score, "run", lambda paths, *rest: (asked.append(list(paths)), local_run(paths, *rest)))
+    paths = ray_score.listed(str(home / "images"))
+    assert paths == list(score.images_below(home / "images")) and len(paths) == len(single_process(home))
+    monkeypatch.setattr(ray_score, "listed", lambda _: paths[:30])
+    ray_score.score_images(detector, str(home / "images"), str(out), 0.2)
+    monkeypatch.setattr(ray_score, "listed", lambda _: paths)
+    whole = (out / "0.parquet").read_bytes()
+    for size in (0, 7, len(whole) - 1):
+        (out / f"cut{size}.parquet").write_bytes(whole[:size])
+    found = ray_score.score_images(detector, str(home / "images"), str(out), 0.2)
+    assert asked == [paths[:30], paths[30:]]
+    assert sorted(row["path"] for row in rows_of(out)) == sorted(paths)
+    assert (found.n, found.failed, {row["path"] for row in found.first_failed}) == (len(paths), 3, DAMAGED)
+    (out / "again.parquet").write_bytes(whole)
+    with pytest.raises(ValueError, match="found 30 rows more than images"):
+        ray_score.check_rows(str(out), paths)
+    for file in ("again.parquet", "0.parquet"):
+        (out / file).unlink()
+    with pytest.raises(ValueError, match="found no row of 30 images"):
+        ray_score.check_rows(str(out), paths)
+
+
+def test_rows_of_other_settings_are_refused(home, detector, tmp_path, capfd):
+    out, images = str(tmp_path / "out"), str(home / "images")
+    ray_score.claim(out, ray_score.settings_of(detector, images, 0.2))
+    ray_score.claim(out, ray_score.settings_of(detector, f"{images}/more/..", 0.2))  # the same again
+    other = CADet(detector.encoder, **detector.settings() | {"seed": 6})
+    other.mu_, other.gamma_, other.calibration_scores_ = detector.mu_, detector.gamma_, detector.calibration_scores_
+    for kind, settings in {
+        "threshold": (detector, images, 0.1),
+        "detector": (other, images, 0.2),
+        "folder": (detector, str(home), 0.2),
+    }.items():
+        with pytest.raises(ValueError, match=f"found rows of another {kind}, expected"):
+            ray_score.claim(out, ray_score.settings_of(*settings))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "mine.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="Parquet files without"):
+        ray_score.claim(str(tmp_path / "foreign"), ray_score.settings_of(detector, images, 0.2))
+    assert run(home, out, "--alpha", 0.01) == 1 and "at least 99 calibration images" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="found 2 actors on 2 CPUs"):
+        ray_score.workers(2, None, {"CPU": 2.0})
+
+
+def test_an_object_store_gives_the_same_images_and_errors(home, tmp_path, monkeypatch):
+    """Through a file system that pyarrow does not know to be the local one, as s3:// would be."""
+    images, size = home / "images", 16
+    store = fs.SubTreeFileSystem(str(home), fs.LocalFileSystem())
+    monkeypatch.setattr(ray_score, "place", lambda uri: (store, uri))
+    paths = ray_score.listed("images")
+    assert sorted(paths) == sorted({*score.images_below(images)} - {"gone.png"}), "a link that leads nowhere is no object"
+    batch = ray_score.decode({"path": [*paths, "gone.png"]}, "images", size)
+    for path, image, error in zip(*batch.values(), strict=True):
+        single = score.decode(images, path, size)
+        assert bool(error) == (path in DAMAGED)
+        if not error:
+            assert (image == single.image.numpy()).all(), path
+        elif path != "gone.png":
+            assert error == single.error
+    ray_score.claim("images", {"threshold": 0.2})
+    assert json.loads((images / ray_score.SETTINGS).read_text()) == {"threshold": 0.2}
+    (images / ray_score.SETTINGS).unlink()
+
+
+def test_what_is_worth_a_second_try_is_left_to_ray():
+    class Store:
+        def __init__(self, message):
+            self.message = message
+
+        def open_input_stream(self, *_, **__):
+            raise OSError(self.message)
+
+    assert "ACCESS_DENIED" in ray_score._read(Store("AWS Error ACCESS_DENIED"), "bucket", "a.png", 16).error
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        ray_score._read(Store("AWS Error SLOW_DOWN during GetObject"), "bucket", "a.png", 16)
