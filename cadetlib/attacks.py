@@ -124,11 +124,12 @@ def cw_l2(
     raise c where that is often so, as on small images, whose changes are long (the original searches for c). No radius holds.
     Pixels of exactly 0 or 1 hardly move, since the tanh is flat there. Images, labels, result and errors as for `fgsm`.
 
-    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    >>> images = torch.rand(4, 3, 2, 2)
-    >>> labels = classifier(images).argmax(dim=1)
-    >>> accuracy(classifier, cw_l2(classifier, images, labels, c=100.0), labels)
-    0.0
+    >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
+    >>> _ = nn.init.eye_(classifier[1].weight)  # class 0 or 1, whichever of the first two pixels is the larger
+    >>> images = torch.tensor([0.55] + [0.5] * 11).view(1, 3, 2, 2)
+    >>> attacked = cw_l2(classifier, images, torch.tensor([0]), c=1.0)
+    >>> accuracy(classifier, attacked, [0]), bool((attacked - images).norm() < 0.1)
+    (0.0, True)
     """
     _check_steps(n_steps, c=c, lr=lr)
     checks.not_negative(confidence, "confidence")
