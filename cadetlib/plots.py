@@ -17,6 +17,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
@@ -39,8 +40,11 @@ _STYLE: Any = {
 
 @contextmanager
 def _figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of `panels` in the project's style, at most four side by side, laid out when the block ends and not shown."""
-    columns = min(panels, 4 if panels != 5 and panels != 6 else 3)
+    """A figure of `panels` in the project's style, laid out when the block ends and not shown.
+
+    Up to four stand side by side; more in rows of three, so that their words stay readable on a page.
+    """
+    columns = panels if panels <= 4 else 3
     rows = -(-panels // columns)
     with sns.axes_style("ticks"), plt.rc_context(_STYLE):
         size = (width * columns, height * rows)
@@ -49,6 +53,24 @@ def _figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options:
             spare.set_visible(False)
         yield figure, list(axes.flat[:panels])
         plt.close(figure)
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of a colour, as WCAG 2 defines it: 0 black, 1 white."""
+    red, green, blue = ((c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in to_rgb(colour))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _ink(colour: str) -> str:
+    """A line's colour for its name on white: darkened until the contrast is the 4.5 : 1 that text needs (WCAG 2, AA).
+
+    >>> _ink("#0072B2"), _ink("#E69F00")
+    ('#0072b2', '#9d6d00')
+    """
+    rgb = np.array(to_rgb(colour))
+    while 1.05 / (_luminance(to_hex(rgb)) + 0.05) < 4.5:
+        rgb *= 0.99
+    return to_hex(rgb)
 
 
 End = tuple[float, float, str, str]  # of a line: x, y, name, colour
@@ -65,7 +87,7 @@ def _label_ends(axes: Axes, ends: Sequence[End], gap: float = 0.055) -> None:
             (x, y),
             xytext=(1.02, position),
             textcoords=("axes fraction", "axes fraction"),
-            color=colour,
+            color=_ink(colour),
             va="center",
             fontsize=9,
             annotation_clip=False,
@@ -81,7 +103,12 @@ def _plain_log(axes: Axes, values: Sequence[float]) -> None:
 
 
 def training(logs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Loss, learning rate and images a second over epochs, and kNN accuracy where it was measured. logs: run -> its log."""
+    """Loss, learning rate and images a second over epochs, and kNN accuracy where it was measured. logs: run -> its log.
+
+    >>> log = [dict(epoch=1.0, loss=5.0, learning_rate=0.1, images_per_second=900.0), dict(epoch=1.0, knn_accuracy=0.5)]
+    >>> [axes.get_ylabel() for axes in training({"contrastive": log}).axes]
+    ['loss (nats)', 'learning rate', 'images per second', 'accuracy']
+    """
     with _figure(4, 3.8, 3.2) as (figure, (loss, rate, speed, knn)):
         for (name, lines), colour in zip(logs.items(), COLOURS, strict=False):
             steps, accuracy = ([line for line in lines if key in line] for key in ("loss", "knn_accuracy"))
@@ -99,7 +126,12 @@ def training(logs: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
-    """Rejection rate of MMD and MMD-CC against sample size, a panel per shift, a colour per encoder (Table 1)."""
+    """Rejection rate of MMD and MMD-CC against sample size, a panel per shift, a colour per encoder (Table 1).
+
+    >>> row = dict(encoder="contrastive", shift="CIFAR-10.1", n=50, rate=0.4, low=0.3, high=0.5)
+    >>> rejection_rates([row | dict(test="MMD"), row | dict(test="MMD-CC")]).axes[0].get_ylabel()
+    'rejection rate at α = 0.05'
+    """
     rows = [row for row in rows if row["test"] in ("MMD", "MMD-CC")]
     shifts = list(dict.fromkeys(row["shift"] for row in rows))
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
@@ -115,7 +147,13 @@ def rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
 
 
 def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
-    """The tests that learn, beside MMD and MMD-CC with the contrastive encoder at the same sample sizes: a panel per shift."""
+    """The tests that learn, beside MMD and MMD-CC with the contrastive encoder at the same sample sizes: a panel per shift.
+
+    >>> row = dict(test="ME", encoder="none", shift="CIFAR-10.1", n=50, rate=0.4, low=0.3, high=0.5)
+    >>> beside = [row | dict(encoder="contrastive", test=test, rate=0.9) for test in ("MMD", "MMD-CC")]
+    >>> [text.get_text() for text in trained_rejection_rates([row, *beside]).axes[0].texts]
+    ['ME', 'MMD', 'MMD-CC']
+    """
     trained = [row for row in rows if row["encoder"] == "none"]
     shifts, sizes = list(dict.fromkeys(row["shift"] for row in trained)), {row["n"] for row in trained}
     beside = [row for row in rows if row["encoder"] == "contrastive" and row["n"] in sizes and row["shift"] in shifts]
@@ -158,7 +196,12 @@ def _finish_rates(axes: Axes, rows: Sequence[Row], shift: str, alpha: float, end
 
 
 def p_value_roc(rows: Sequence[Row], test: str = "MMD-CC") -> Figure:
-    """Figure 1a: rejection rate against the threshold on the p-value, a line per sample size. rows with `p_values`."""
+    """Figure 1a: rejection rate against the threshold on the p-value, a line per sample size. rows with `p_values`.
+
+    >>> row = dict(test="MMD-CC", shift="CIFAR-10.1", n=50, p_values=[0.01, 0.2, 0.9])
+    >>> p_value_roc([row]).axes[0].get_xlabel()
+    'threshold on the p-value'
+    """
     with _figure(1, 5.2, 3.8) as (figure, (axes,)):
         chosen = sorted((r for r in rows if r["test"] == test), key=lambda r: r["n"])
         ends = []
@@ -175,7 +218,12 @@ def p_value_roc(rows: Sequence[Row], test: str = "MMD-CC") -> Figure:
 
 
 def small_samples(rows: Sequence[Row]) -> Figure:
-    """Table 2: AUROC of the tests' p-values against the number of samples, a panel per anomaly, a colour per encoder."""
+    """Table 2: AUROC of the tests' p-values against the number of samples, a panel per anomaly, a colour per encoder.
+
+    >>> row = dict(encoder="contrastive", anomaly="PGD", n=3, auroc=0.7)
+    >>> small_samples([row | dict(test="MMD"), row | dict(test="MMD-CC")]).axes[0].get_ylabel()
+    'AUROC of the p-value'
+    """
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
     with _figure(len(anomalies), 4.4, 3.4, sharey=True) as (figure, panels):
@@ -195,7 +243,12 @@ def small_samples(rows: Sequence[Row]) -> Figure:
 
 
 def detection(rows: Sequence[Row]) -> Figure:
-    """Tables 3 and 4 as dots with intervals: AUROC per anomaly set, a colour per detector and encoder."""
+    """Tables 3 and 4 as dots with intervals: AUROC per anomaly set, a colour per detector and encoder.
+
+    >>> row = dict(detector="CADet", encoder="contrastive", anomaly="PGD", auroc=0.95, low=0.9, high=0.99)
+    >>> [text.get_text() for text in detection([row]).axes[0].texts]
+    ['0.95']
+    """
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     systems = list(dict.fromkeys((row["detector"], row["encoder"]) for row in rows))
     groups = {f"{d}, {e}": [r for r in rows if (r["detector"], r["encoder"]) == (d, e)] for d, e in systems}
@@ -218,7 +271,7 @@ def _dots(
             axes.plot(row["auroc"], y, marker, color=colour, ms=5)
             if numbers:
                 axes.annotate(f"{row['auroc']:.2f}", (row["high"], y), xytext=(4, 0), textcoords="offset points", va="center",
-                              fontsize=8, color=colour)  # fmt: skip
+                              fontsize=8, color=_ink(colour))  # fmt: skip
         axes.plot([], [], f"{marker}-", color=colour, label=name)
     axes.axvline(0.5, color=GREY, lw=1, ls=":")
     axes.set(yticks=range(len(anomalies)), yticklabels=anomalies)
@@ -226,7 +279,12 @@ def _dots(
 
 
 def comparison(rows: Sequence[Row]) -> Figure:
-    """Tables 3 and 4 at a glance: AUROC (%) of every system against every kind of anomaly, the best on top; CADet in bold."""
+    """Tables 3 and 4 at a glance: AUROC (%) of every system against every kind of anomaly, the best on top; CADet in bold.
+
+    >>> row = dict(detector="CADet", encoder="contrastive", anomaly="PGD", auroc=0.95)
+    >>> [label.get_text() for label in comparison([row, row | dict(detector="MSP", auroc=0.97)]).axes[0].get_yticklabels()]
+    ['MSP, contrastive', 'CADet, contrastive']
+    """
     systems = list(dict.fromkeys((row["detector"], row["encoder"]) for row in rows))
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     auroc = {((row["detector"], row["encoder"]), row["anomaly"]): 100 * row["auroc"] for row in rows}
@@ -249,7 +307,12 @@ def comparison(rows: Sequence[Row]) -> Figure:
 
 
 def roc_curves(curves: Sequence[Row]) -> Figure:
-    """Figure 1b: detection rate against false alarms; curves with `anomaly`, `false_alarm_rate`, `detection_rate`, `auroc`."""
+    """Figure 1b: detection rate against false alarms; curves with `anomaly`, `false_alarm_rate`, `detection_rate`, `auroc`.
+
+    >>> curve = dict(anomaly="PGD", false_alarm_rate=[0, 1], detection_rate=[0.5, 1], auroc=0.75)
+    >>> roc_curves([curve]).axes[0].get_legend().get_texts()[0].get_text()
+    'PGD  0.75'
+    """
     with _figure(1, 4.6, 4.0) as (figure, (axes,)):
         for curve, colour in zip(curves, COLOURS, strict=False):
             label = f"{curve['anomaly']}  {curve['auroc']:.2f}"
@@ -262,7 +325,12 @@ def roc_curves(curves: Sequence[Row]) -> Figure:
 
 
 def sweep(rows: Sequence[Row], x: str, xlabel: str, log: bool = False, mark: float | None = None) -> Figure:
-    """AUROC of CADet against one setting `x`, a line per anomaly set; `mark` is the value used elsewhere (Figure 2)."""
+    """AUROC of CADet against one setting `x`, a line per anomaly set; `mark` is the value used elsewhere (Figure 2).
+
+    >>> rows = [dict(anomaly="PGD", n_views=n, auroc=0.9, low=0.8, high=1.0) for n in (10, 50)]
+    >>> sweep(rows, "n_views", "views per image", mark=50).axes[0].get_xlabel()
+    'views per image'
+    """
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     with _figure(1, 5.6, 3.5) as (figure, (axes,)):
         for anomaly, colour in zip(anomalies, COLOURS, strict=False):
@@ -282,7 +350,13 @@ def sweep(rows: Sequence[Row], x: str, xlabel: str, log: bool = False, mark: flo
 
 
 def parts(rows: Sequence[Row]) -> Figure:
-    """AUROC of m_in alone, m_out alone and the score, per anomaly set: which similarity sees what."""
+    """AUROC of m_in alone, m_out alone and the score, per anomaly set: which similarity sees what.
+
+    >>> row = dict(anomaly="PGD", auroc=0.9, low=0.8, high=1.0)
+    >>> rows = [row | dict(score=name) for name in ("m_in alone", "m_out alone", "score")]
+    >>> parts(rows).axes[0].get_xlabel()
+    'AUROC (95 % interval)'
+    """
     names = ("m_in alone", "m_out alone", "score")
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     groups = {name: [r for r in rows if r["score"] == name] for name in names}
@@ -294,7 +368,13 @@ def parts(rows: Sequence[Row]) -> Figure:
 
 
 def attack_study(rows: Sequence[Row]) -> Figure:
-    """What makes CADet see an attack: a panel per factor, its values in their order; score solid, m_in alone dotted."""
+    """What makes CADet see an attack: a panel per factor, its values in their order; score solid, m_in alone dotted.
+
+    >>> row = dict(factor="layer read", anomaly="PGD", auroc=0.9, low=0.8, high=1.0, m_in=0.7)
+    >>> figure = attack_study([row | dict(value=value) for value in ("layer3", "layer4")])
+    >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    ['layer3', 'layer4']
+    """
     factors = list(dict.fromkeys(row["factor"] for row in rows))
     names = list(dict.fromkeys(row["anomaly"] for row in rows))
     colours = {name: GREY if "random" in name else colour for name, colour in zip(names, COLOURS, strict=False)}
@@ -321,7 +401,11 @@ def attack_study(rows: Sequence[Row]) -> Figure:
 
 
 def similarities(points: Sequence[Row]) -> Figure:
-    """m_in against gamma m_out, a colour per set; points with `set`, `m_in`, `gamma_m_out`. Lines of equal score are dashed."""
+    """m_in against gamma m_out, a colour per set; points with `set`, `m_in`, `gamma_m_out`. Lines of equal score are dashed.
+
+    >>> similarities([dict(set="PGD", m_in=[0.9, 0.8], gamma_m_out=[0.1, 0.2])]).axes[0].get_ylabel()
+    'intra-similarity, m_in'
+    """
     with _figure(1, 5.8, 4.4) as (figure, (axes,)):
         for point, colour in zip(points, COLOURS, strict=False):
             axes.scatter(point["gamma_m_out"], point["m_in"], s=7, alpha=0.45, lw=0, color=colour, label=point["set"])
@@ -342,6 +426,11 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
 
     curves: per set `name`, `kind` ("in" or other) and sorted `p_values`; expected: `expected`, `low`, `high` of the false
     positive rate at this threshold.
+
+    >>> curve = dict(name="PGD", kind="out", p_values=[0.01, 0.02, 0.5, 0.6])
+    >>> figure = operating_point([curve], 0.05, dict(expected=0.05, low=0.02, high=0.1))
+    >>> figure.axes[1].texts[0].get_text()
+    '50.0 %'
     """
     with _figure(2, 4.9, 3.6) as (figure, (left, right)):
         ends = []
@@ -369,7 +458,11 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
 
 
 def calibration(p_values: Sequence[float], n_calibration: int) -> Figure:
-    """Are p-values of fresh in-distribution images uniform? Their distribution against the diagonal, with a 95 % band."""
+    """Are p-values of fresh in-distribution images uniform? Their distribution against the diagonal, with a 95 % band.
+
+    >>> calibration([0.1, 0.5, 0.9], n_calibration=100).axes[0].get_xlabel()
+    'p-value threshold α'
+    """
     p = np.sort(p_values)
     share = np.arange(1, len(p) + 1) / len(p)
     grid = np.linspace(0, 1, 200)
@@ -385,7 +478,12 @@ def calibration(p_values: Sequence[float], n_calibration: int) -> Figure:
 
 
 def gallery(images: Any, titles: Sequence[str], columns: int = 8) -> Figure:
-    """Images (N, 3, H, W) uint8 or [0, 1] in a grid, a short title over each."""
+    """Images (N, 3, H, W) uint8 or [0, 1] in a grid, a short title over each.
+
+    >>> figure = gallery(np.zeros((2, 3, 8, 8)), ["p = 0.1", "p = 0.2"])
+    >>> [axes.get_title() for axes in figure.axes[:2]]
+    ['p = 0.1', 'p = 0.2']
+    """
     pixels = np.asarray(images).transpose(0, 2, 3, 1)
     rows = -(-len(pixels) // columns)
     with plt.rc_context(_STYLE):
@@ -400,14 +498,22 @@ def gallery(images: Any, titles: Sequence[str], columns: int = 8) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file, for a widget."""
+    """A figure as the bytes of a PNG file, for a widget.
+
+    >>> png(Figure((1, 1)))[1:4]
+    b'PNG'
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", dpi=110)
     return buffer.getvalue()
 
 
 def speed(rows: Sequence[Row]) -> Figure:
-    """How many times as fast as what it is compared with; rows with `what`, `against`, `ours` and `other` in seconds."""
+    """How many times as fast as what it is compared with; rows with `what`, `against`, `ours` and `other` in seconds.
+
+    >>> speed([dict(what="MMD", against="a loop", ours=0.1, other=1.0)]).axes[0].texts[0].get_text()
+    '10×'
+    """
     ratios = [row["other"] / row["ours"] for row in rows]
     with _figure(1, 8.6, 0.8 + 0.62 * len(rows)) as (figure, (axes,)):
         bars = axes.barh(range(len(rows)), ratios, color=COLOURS[0], height=0.45, left=0)
@@ -427,6 +533,10 @@ def speed(rows: Sequence[Row]) -> Figure:
 class Mark(NamedTuple):
     """What moves with a threshold, in the data coordinates of a panel: a dot (one point), a line through several, or, with
     None for y, a vertical line through the panel.
+
+    >>> dot, line = Mark(1, [(0.05, 0.8)], "#0072B2"), Mark(0, [(0.05, None)])
+    >>> line.dashed
+    False
     """
 
     panel: int
@@ -493,6 +603,11 @@ def explorer(curves: Sequence[Row], marks: Sequence[Mark] = ()) -> Figure:
     """Four panels on what a detector does: shares flagged, ROC, scores, p-values; `marks` as `threshold_marks` gives them.
 
     curves: the in-distribution set first, then sets of anomalies, with `p_values` and `scores`, each ascending.
+
+    >>> normal = dict(name="test", kind="in", p_values=[0.1, 0.5, 1.0], scores=[0.2, 0.5, 0.9])
+    >>> odd = dict(name="PGD", kind="out", p_values=[0.1, 0.1, 0.5], scores=[0.0, 0.1, 0.5])
+    >>> [axes.get_title("left") for axes in explorer([normal, odd]).axes[:3]]
+    ['What is flagged', 'ROC', 'Scores']
     """
     every = np.concatenate([curve["scores"] for curve in curves])
     low, high = np.quantile(every, [0.005, 1])
@@ -512,7 +627,13 @@ def explorer(curves: Sequence[Row], marks: Sequence[Mark] = ()) -> Figure:
 
 
 def threshold_marks(curves: Sequence[Row], calibration_scores: Sequence[float], threshold: float) -> list[Mark]:
-    """A threshold in the panels of `explorer`: lines at the p-value and at the score that it stands for, and dots on curves."""
+    """A threshold in the panels of `explorer`: lines at the p-value and at the score that it stands for, and dots on curves.
+
+    >>> normal = dict(name="test", kind="in", p_values=[0.1, 0.5, 1.0], scores=[0.2, 0.5, 0.9])
+    >>> marks = threshold_marks([normal], np.arange(9) / 9, 0.5)
+    >>> [mark.panel for mark in marks], marks[-1].points  # the last is the dot on the curve of `test`
+    ([0, 1, 3, 2, 0], [(0.5, 0.6666666666666666)])
+    """
     shares = [thresholds.n_flagged(curve, threshold) / len(curve["p_values"]) for curve in curves]
     colours = [_colour(curve, k) for k, curve in enumerate(curves)]
     score = thresholds.score_at(calibration_scores, threshold)
@@ -527,6 +648,10 @@ def batch(normal: Sequence[float], odd: Sequence[float], marks: Sequence[Mark] =
     """A batch of images, p-values by rank, as Benjamini and Hochberg look at them; `marks` as `batch_marks` gives them.
 
     normal, odd: the p-values of the in-distribution images and of the anomalies in the batch.
+
+    >>> figure = batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3], marks=batch_marks(6, 0.05, 0.1, smallest=0.01))
+    >>> figure.axes[0].get_ylabel()
+    'p-value'
     """
     p = np.concatenate([normal, odd])
     order = np.argsort(p, kind="stable")
@@ -544,13 +669,23 @@ def batch(normal: Sequence[float], odd: Sequence[float], marks: Sequence[Mark] =
 
 
 def batch_marks(n: int, threshold: float, q: float, smallest: float) -> list[Mark]:
-    """The two rules in `batch`: p = threshold, level; p = q k / n, rising (dashed) from the `smallest` p-value."""
+    """The two rules in `batch`: p = threshold, level; p = q k / n, rising (dashed) from the `smallest` p-value.
+
+    >>> plain, rising = batch_marks(100, threshold=0.05, q=0.1, smallest=0.001)
+    >>> plain.points, rising.points[-1]
+    ([(0.01, 0.05), (1, 0.05)], (1, 0.1))
+    """
     first = min(1.0, max(1 / n, smallest / q / 1.5))
     return [Mark(0, [(1 / n, threshold), (1, threshold)]), Mark(0, [(first, q * first), (1, q)], COLOURS[3], dashed=True)]
 
 
 def freeze(figure: Figure) -> bytes:
-    """Lay a figure out for good and draw it at twice its pixels: the PNG over which `overlay` puts marks."""
+    """Lay a figure out for good and draw it at twice its pixels: the PNG over which `overlay` puts marks.
+
+    >>> figure = batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3])
+    >>> freeze(figure)[1:4]
+    b'PNG'
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
@@ -560,7 +695,13 @@ def freeze(figure: Figure) -> bytes:
 
 
 def overlay(figure: Figure, marks: Sequence[Mark]) -> str:
-    """Marks as an SVG of the size of a frozen figure, to lie over it. A few hundred bytes, made in well under a millisecond."""
+    """Marks as an SVG of the size of a frozen figure, to lie over it. A few hundred bytes, made in well under a millisecond.
+
+    >>> figure = batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3])
+    >>> picture = freeze(figure)
+    >>> overlay(figure, batch_marks(6, 0.05, 0.1, smallest=0.01)).count("<polyline")
+    2
+    """
     width, height = figure.get_size_inches() * figure.dpi
     shapes = []
     for mark in marks:
@@ -596,7 +737,13 @@ def _between(interval: Sequence[float]) -> str:
 
 
 def operating_html(curves: Sequence[Row], point: Row, threshold: float, n_calibration: int) -> str:
-    """What a threshold promises and does, as a table; `point` as `thresholds.operating_point` gives it."""
+    """What a threshold promises and does, as a table; `point` as `thresholds.operating_point` gives it.
+
+    >>> curves = [dict(name="test", kind="in", p_values=[0.1, 0.2, 0.6, 1.0])]
+    >>> table = operating_html(curves, thresholds.operating_point(curves, 9, 0.2), 0.2, 9)
+    >>> "false alarms: test" in table, "<b>50.0 %</b>" in table
+    (True, True)
+    """
     expected = point["expected"]
     cells = [
         ("threshold", "#000000", f"flag when p ≤ {threshold:.4g}", "", f"{n_calibration} calibration images"),
@@ -621,7 +768,12 @@ def operating_html(curves: Sequence[Row], point: Row, threshold: float, n_calibr
 
 
 def batch_html(rows: Sequence[Row], q: float) -> str:
-    """Two rules on one batch, as a table; rows as `thresholds.batch_decision` gives them."""
+    """Two rules on one batch, as a table; rows as `thresholds.batch_decision` gives them.
+
+    >>> rows = thresholds.batch_decision(normal=[0.5, 0.8], odd=[0.01, 0.02], threshold=0.05, q=0.1)
+    >>> "2 of 4" in batch_html(rows, 0.1)
+    True
+    """
     heads = ("", "flagged", "false among the flagged", "anomalies found", "normal images flagged", "largest p flagged")
     lines = ["".join(f'<th style="text-align:right;padding:0 .8em">{head}</th>' for head in heads)]
     for row in rows:
@@ -634,7 +786,11 @@ def batch_html(rows: Sequence[Row], q: float) -> str:
 
 
 def image_uri(image: Any, side: int = 72) -> str:
-    """An image (3, H, W), uint8 or [0, 1], as the data URI of a PNG of at most `side` pixels."""
+    """An image (3, H, W), uint8 or [0, 1], as the data URI of a PNG of at most `side` pixels.
+
+    >>> image_uri(np.zeros((3, 8, 8), dtype=np.uint8))[:22]
+    'data:image/png;base64,'
+    """
     pixels = np.asarray(image)
     pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels).round().astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
@@ -652,7 +808,12 @@ EXAMPLES = {
 
 
 def examples_html(found: Mapping[str, Sequence[thresholds.Example]], uri: Callable[[str, int], str]) -> str:
-    """Images nearest the threshold with their p-values, a row of each kind; `uri` gives the image of a set and position."""
+    """Images nearest the threshold with their p-values, a row of each kind; `uri` gives the image of a set and position.
+
+    >>> found = {"flagged": [thresholds.Example("PGD", 3, 0.012)], "missed": [], "falsely flagged": []}
+    >>> "p = 0.012<br>PGD" in examples_html(found, lambda name, i: image_uri(np.zeros((3, 8, 8))))
+    True
+    """
     rows = []
     for kind, title in EXAMPLES.items():
         images = "".join(
@@ -666,7 +827,12 @@ def examples_html(found: Mapping[str, Sequence[thresholds.Example]], uri: Callab
 
 
 def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[str, Any]) -> Figure:
-    """The same as a figure: sets holds the images (N, 3, H, W) of each set."""
+    """The same as a figure: sets holds the images (N, 3, H, W) of each set.
+
+    >>> found = {"flagged": [thresholds.Example("PGD", 0, 0.012)], "missed": [], "falsely flagged": []}
+    >>> examples(found, {"PGD": np.zeros((1, 3, 8, 8))}).axes[0].get_title()
+    'p = 0.012\\nPGD'
+    """
     columns = max(1, *(len(items) for items in found.values()))
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(1.15 * columns, 5.0), layout="constrained")
@@ -684,7 +850,12 @@ def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[st
 
 
 def disturbances(rows: Sequence[Row]) -> Figure:
-    """AUROC between normal images and the same disturbed, drawn as `detection`; rows as in `suitability.judge`, of one split."""
+    """AUROC between normal images and the same disturbed, drawn as `detection`; rows as in `suitability.judge`, of one split.
+
+    >>> row = dict(detector="CADet", encoder="mine", anomaly="blur", auroc=0.8, low=0.7, high=0.9)
+    >>> disturbances([row]).axes[0].get_xlabel()
+    'AUROC (95 % interval over images)'
+    """
     figure = detection(rows)
     figure.axes[0].set_xlabel("AUROC (95 % interval over images)")
     return figure

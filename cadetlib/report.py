@@ -36,8 +36,8 @@ FIGURES = {
     "03_small_samples": ("03_small_samples",),
     "04_cadet_tables": ("04_detection", "04_comparison", "04_figure_1b"),
     "05_ablations": ("05_similarities", "05_parts", "05_figure_2", "05_gamma", "05_reference", "05_crop", "05_attack_study"),
-    "06_thresholds": ("06_calibration", "06_operating_point"),
-    "07_your_own_images": ("07_most_anomalous",),
+    "06_thresholds": ("06_calibration", "06_operating_point", "06_explorer", "06_examples"),
+    "07_your_own_images": ("07_disturbances", "07_similarities", "07_most_anomalous"),
 }
 Row = Mapping[str, Any]
 DRY_RUN = (
@@ -47,7 +47,11 @@ DRY_RUN = (
 
 
 class Figure(NamedTuple):
-    """A figure inside the page: a data URI, its alternative text, its size in CSS pixels."""
+    """A figure inside the page: a data URI, its alternative text, its size in CSS pixels.
+
+    >>> Figure("data:image/png;base64,", alt="ROC curves of CADet", width=400, height=300).alt
+    'ROC curves of CADet'
+    """
 
     uri: str
     alt: str
@@ -60,6 +64,10 @@ def write(folder: Path, profile: str) -> Path:
 
     FileNotFoundError names the notebook whose results or figures are missing; ValueError says which results are damaged, of
     another profile, or of a notebook that has changed since.
+
+    >>> write(Path("no-such-folder"), "digits")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FileNotFoundError: the report needs 00_setup, and found no no-such-folder/00_setup.json; run: python -m cadetlib.reproduce ...
     """
     try:
         page = _template().render(gather(folder, profile))
@@ -89,7 +97,12 @@ def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def gather(folder: Path, profile: str) -> dict[str, Any]:
-    """Everything the page shows, as plain data; errors as in `write`."""
+    """Everything the page shows, as plain data; errors as in `write`.
+
+    >>> gather(Path("no-such-folder"), "digits")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FileNotFoundError: the report needs 00_setup, and found no no-such-folder/00_setup.json; run: python -m cadetlib.reproduce ...
+    """
     loaded = {name: _loaded(folder, name, profile) for name in NOTEBOOKS}
     results = {name[:2]: found.results for name, found in loaded.items()}
     provenance = {name: found.provenance for name, found in loaded.items()}
@@ -111,6 +124,7 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
         "outdated": _outdated(loaded),
         "hardware": _counted([_machine(p["hardware"]) for p in provenance.values()]),
         "minutes": sum(p["seconds"] for p in provenance.values()) / 60,
+        "encoder_was_kept": _encoder_was_kept(results["01"]),
         "most_anomalous": _most_anomalous(results["07"]),
         "machine": _machine,
         "without_folders": _without_folders,
@@ -118,7 +132,13 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
 
 
 def judged(results: Mapping[str, Row]) -> list[claims.Claim]:
-    """The paper's claims with their verdicts, in the paper's order. results: "02" ... "06" -> saved results."""
+    """The paper's claims with their verdicts, in the paper's order. results: "02" ... "06" -> saved results.
+
+    >>> kept = record.checkout() / "outputs" / "reference" / "digits"
+    >>> results = {name[:2]: record.read(kept / f"{name}.json").results for name in NOTEBOOKS}
+    >>> [claim.text for claim in judged(results)][2:4]
+    ['CADet sees unseen classes', 'CADet sees attacks']
+    """
     attacks = {row["name"] for row in results["04"]["sets"] if row["paired"]}
     rows = results["04"]["rows"]
     return [
@@ -131,6 +151,33 @@ def judged(results: Mapping[str, Row]) -> list[claims.Claim]:
         claims.few_views_suffice(results["05"]["by_views"]),
         claims.p_values_calibrated(results["06"]["false_positive_rates"], results["06"]["n_calibration"], results["06"]["alpha"]),
     ]
+
+
+def minutes_of_profiles() -> dict[str, str]:
+    """For each profile of params/: how long notebooks 00 to 07 took when its kept results were made, and on what machine.
+
+    From the provenance under outputs/reference/; "not run yet" where nothing, or not everything, is kept.
+
+    >>> minutes_of_profiles()["imagenet-dry-run"]
+    'not run yet'
+    """
+    root = record.checkout()
+    folders = sorted(path for path in (root / "params").iterdir() if path.is_dir())
+    return {folder.name: _minutes_kept(root / "outputs" / "reference" / folder.name) for folder in folders}
+
+
+def _minutes_kept(kept: Path) -> str:
+    if not all((kept / f"{name}.json").exists() for name in NOTEBOOKS):
+        return "not run yet"
+    loaded = [record.read(kept / f"{name}.json") for name in NOTEBOOKS]
+    minutes = sum(found.provenance["seconds"] for found in loaded) / 60
+    pretraining = " without pretraining" if _encoder_was_kept(loaded[1].results) else ""
+    return f"{minutes:.1f} minutes{pretraining} on {_machine(loaded[1].provenance['hardware'])}"
+
+
+def _encoder_was_kept(pretrained: Row) -> bool:
+    """Whether notebook 01 took the contrastive encoder that this project keeps, and did not train one."""
+    return "-kept/" in pretrained.get("encoders", {}).get("contrastive", "")
 
 
 def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:

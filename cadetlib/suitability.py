@@ -40,7 +40,11 @@ DISTURBANCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Pixels(nn.Module):
-    """The image itself, at 8 x 8, as its features: what any encoder should beat."""
+    """The image itself, at 8 x 8, as its features: what any encoder should beat.
+
+    >>> Pixels()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 192])
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(images, 8).flatten(1) - 0.5
@@ -74,6 +78,11 @@ def judge(detector: cadet.CADet, name: str, reference: Any, normal: Any, n_judge
     reference, normal: (N, 3, H, W), disjoint. n_judged of the normal images are not calibrated on; they are scored as they are
     and after each of DISTURBANCES. -> `alignment`, `uniformity`, mean and standard deviation of m_in and m_out, `rows` with the
     AUROC of each disturbance, its interval, and those of m_in and m_out alone, and `points`, the similarities.
+
+    >>> images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> row = judge(cadet.CADet(Pixels(), n_views=3, image_size=8), "bare pixels", images[:5], images[5:], n_judged=10)
+    >>> [one["anomaly"] for one in row["rows"]]
+    ['noise', 'blur', 'contrast', 'jpeg', 'turned by 180°', 'quarters shuffled']
     """
     sizes = {"judged": n_judged, "calibration": len(normal) - n_judged}
     part = data.split(len(normal), sizes, seed)
@@ -114,6 +123,12 @@ def advice(row: Row, yardstick: Row) -> list[str]:
     """What speaks against an encoder, and what to do about it, one sentence or two each. Rules of thumb, none of them a test.
 
     row, yardstick: of `judge`, of the encoder and of `Pixels` on the same images.
+
+    >>> yardstick = dict(alignment=0.1, uniformity=-2.0, rows=[dict(anomaly="blur", auroc=0.6)])
+    >>> advice(yardstick | dict(rows=[dict(anomaly="blur", auroc=0.9)]), yardstick)
+    ['Nothing here speaks against it.']
+    >>> print(*advice(yardstick | dict(alignment=0.0, rows=[dict(anomaly="blur", auroc=0.9)]), yardstick))
+    Crops of an image all look the same to it (alignment near 0): take smaller crops, or features before its head.
     """
     aurocs = {one["anomaly"]: one["auroc"] for one in row["rows"]}
     said = []

@@ -33,7 +33,14 @@ def calibration_needed(alpha: float) -> int:
 
 
 def reachable(alpha: float, n_calibration: int) -> float:
-    """`alpha`, unless so few calibration images could never give so small a p-value: ValueError says how many would."""
+    """`alpha`, unless so few calibration images could never give so small a p-value: ValueError says how many would.
+
+    >>> reachable(0.05, n_calibration=19)
+    0.05
+    >>> reachable(0.01, n_calibration=19)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: alpha: found 0.01 with 19 calibration images, whose smallest p-value is 0.05, so nothing ...
+    """
     if checks.in_open_interval(alpha, "alpha") < 1 / (n_calibration + 1):
         raise ValueError(
             f"alpha: found {alpha} with {n_calibration} calibration images, whose smallest p-value is "
@@ -55,7 +62,11 @@ def promised(n_calibration: int, threshold: float, level: float = 0.95) -> metri
 
 
 def n_flagged(curve: Row, threshold: float) -> int:
-    """How many of a curve's images have a p-value of at most `threshold`."""
+    """How many of a curve's images have a p-value of at most `threshold`.
+
+    >>> n_flagged(dict(p_values=[0.1, 0.2, 0.6, 1.0]), 0.2)
+    2
+    """
     return int(np.searchsorted(np.asarray(curve["p_values"]), threshold, side="right"))
 
 
@@ -90,6 +101,10 @@ def score_at(calibration_scores: Sequence[float], threshold: float) -> float | N
     """The largest score that is flagged at `threshold` (Eq. 8 as printed); None where nothing is, infinity where everything is.
 
     p <= threshold means that fewer than k = floor(threshold (n + 1)) calibration scores lie strictly below. Sorted ascending.
+
+    >>> calibration_scores = [0.1, 0.3, 0.5, 0.7, 0.9]
+    >>> score_at(calibration_scores, 2 / 6), score_at(calibration_scores, 0.1), score_at(calibration_scores, 1.0)
+    (0.3, None, inf)
     """
     n = len(calibration_scores)
     k = math.floor(threshold * (n + 1) * (1 + 1e-12))
@@ -107,7 +122,11 @@ def nearest(p_values: Sequence[float], threshold: float, most: int) -> tuple[lis
 
 
 def thinned(p_values: Sequence[float], n: int) -> Any:
-    """n of the sorted p-values, evenly spread: the same distribution, fewer images."""
+    """n of the sorted p-values, evenly spread: the same distribution, fewer images.
+
+    >>> thinned([0.1, 0.2, 0.3, 0.4, 0.5], 3).tolist()
+    [0.1, 0.3, 0.5]
+    """
     return np.asarray(p_values)[np.linspace(0, len(p_values) - 1, n).round().astype(int)]
 
 
@@ -128,6 +147,10 @@ def batch_decision(normal: Sequence[float], odd: Sequence[float], threshold: flo
     normal, odd: p-values of the batch's in-distribution images and anomalies. -> two rows with `rule`, `flagged`,
     `false_discovery_rate` (realised: false ones among the flagged, 0 when there are none), `found` and `false_alarms` (shares
     of the anomalies and of the normal images flagged), `cut` (the largest p-value flagged, or None).
+
+    >>> plain, bh = batch_decision(normal=[0.04, 0.6], odd=[0.01, 0.02], threshold=0.05, q=0.04)
+    >>> (plain["flagged"], plain["false_alarms"]), (bh["flagged"], bh["found"], bh["cut"])
+    ((3, 0.5), (2, 1.0, 0.02))
     """
     p, n = np.concatenate([normal, odd]), len(normal)
     rules = {"p ≤ threshold": p <= threshold, "Benjamini–Hochberg": metrics.benjamini_hochberg(p, q)}
@@ -150,7 +173,12 @@ def batch_decision(normal: Sequence[float], odd: Sequence[float], threshold: flo
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold on one detector's p-values and what it guarantees, as it is written to a file."""
+    """A threshold on one detector's p-values and what it guarantees, as it is written to a file.
+
+    >>> kept = guaranteed(0.05, detector="fingerprint", n_calibration=199)
+    >>> kept.threshold, round(kept.low, 3), round(kept.high, 3)
+    (0.05, 0.024, 0.084)
+    """
 
     threshold: float  # flag when p <= threshold
     detector: str  # fingerprint of the detector whose p-values it is about
@@ -162,14 +190,23 @@ class Threshold:
 
 
 def guaranteed(threshold: float, detector: str, n_calibration: int, level: float = 0.95) -> Threshold:
-    """A threshold with its guarantees; ValueError when no image could ever be flagged at it."""
+    """A threshold with its guarantees; ValueError when no image could ever be flagged at it.
+
+    >>> round(guaranteed(0.05, "fingerprint", n_calibration=199).expected, 3)
+    0.05
+    """
     if threshold != 1:
         reachable(threshold, n_calibration)
     return Threshold(float(threshold), detector, n_calibration, *promised(n_calibration, threshold, level), level)
 
 
 def write(path: str | Path, threshold: Threshold, **about: Any) -> Path:
-    """Keep a threshold as JSON, atomically; `about` is kept with it for those who read it, such as what it found."""
+    """Keep a threshold as JSON, atomically; `about` is kept with it for those who read it, such as what it found.
+
+    >>> from tempfile import mkdtemp
+    >>> write(Path(mkdtemp()) / "threshold.json", guaranteed(0.05, "fingerprint", 199), chosen_by="hand").name
+    'threshold.json'
+    """
     document = {"format": _FORMAT, **dataclasses.asdict(threshold), **record.plain(about)}
     return record.write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
@@ -178,6 +215,13 @@ def read(source: str | Path | Mapping[str, Any] | Threshold, detector: str) -> T
     """A kept threshold (file, its content, or a Threshold) for the detector with this fingerprint.
 
     ValueError for another detector's, whose p-values are others, and for what is no threshold.
+
+    >>> kept = guaranteed(0.05, "fingerprint", 199)
+    >>> read(kept, "fingerprint") == kept
+    True
+    >>> read(kept, "another")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: threshold: found a threshold of the detector fingerprint, expected one of another: ...
     """
     name = str(source) if isinstance(source, str | Path) else "threshold"
     try:
@@ -203,7 +247,11 @@ def read(source: str | Path | Mapping[str, Any] | Threshold, detector: str) -> T
 
 
 class Example(NamedTuple):
-    """One image beside its p-value: `image` is its position in the set of that name."""
+    """One image beside its p-value: `image` is its position in the set of that name.
+
+    >>> Example("PGD", image=3, p_value=0.012).set
+    'PGD'
+    """
 
     set: str
     image: int
@@ -214,6 +262,11 @@ def examples(curves: Sequence[Row], threshold: float, most: int = 8) -> dict[str
     """Images on either side of a threshold, nearest first: anomalies flagged and missed, normal images falsely flagged.
 
     Among equal p-values the one whose score lies nearer to the threshold comes first. curves with `scores` and `images`.
+
+    >>> odd = dict(name="PGD", kind="out", p_values=[0.01, 0.04, 0.3], scores=[0.1, 0.2, 0.6], images=[7, 2, 5])
+    >>> found = examples([odd], 0.05)
+    >>> [example.image for example in found["flagged"]], [example.image for example in found["missed"]]
+    ([2, 7], [5])
     """
     found: dict[str, list[tuple[float, Example]]] = {"flagged": [], "missed": [], "falsely flagged": []}
     for curve in curves:
@@ -229,7 +282,12 @@ def examples(curves: Sequence[Row], threshold: float, most: int = 8) -> dict[str
 
 
 def chosen(curves: Sequence[Row], normal: str, anomalies: Sequence[str]) -> list[Row]:
-    """The curves of one in-distribution set and of some sets of anomalies, in that order."""
+    """The curves of one in-distribution set and of some sets of anomalies, in that order.
+
+    >>> curves = [dict(name=name) for name in ("test", "PGD", "FGSM")]
+    >>> [curve["name"] for curve in chosen(curves, "test", ["FGSM"])]
+    ['test', 'FGSM']
+    """
     by_name = {curve["name"]: curve for curve in curves}
     unknown = [name for name in (normal, *anomalies) if name not in by_name]
     if unknown:

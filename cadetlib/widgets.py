@@ -36,7 +36,14 @@ def _start(alpha: float, n_calibration: int) -> float:
 
 
 class Layers:
-    """A figure drawn once with marks that move over it: `draw` when the curves change, `move` when the threshold does."""
+    """A figure drawn once with marks that move over it: `draw` when the curves change, `move` when the threshold does.
+
+    >>> layers = Layers()
+    >>> layers.draw(plots.batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3]))
+    >>> layers.move([plots.Mark(0, [(0.5, 0.05)])])
+    >>> bytes(layers.picture.value[1:4]), layers.marks.value.count("<circle")
+    (b'PNG', 1)
+    """
 
     def __init__(self) -> None:
         same_place = dict(grid_area="1 / 1 / 2 / 2", margin="0")
@@ -62,6 +69,15 @@ class ThresholdExplorer:
 
     detectors: rows with `name`, `fingerprint`, `calibration_scores` (ascending) and `curves` (see `thresholds`), of which the
     kind "in" marks in-distribution sets; sets: name -> images (N, 3, H, W); save_to: the file that "Save" proposes.
+
+    >>> normal = dict(name="test", kind="in", p_values=[0.1, 0.5, 1.0], scores=[0.2, 0.5, 0.9], images=[0, 2, 1])
+    >>> odd = dict(name="PGD", kind="out", p_values=[0.1, 0.1, 0.5], scores=[0.0, 0.1, 0.5], images=[1, 0, 2])
+    >>> row = dict(name="mine", fingerprint="of mine", calibration_scores=np.arange(9) / 9, curves=[normal, odd])
+    >>> pictures = {name: np.zeros((3, 3, 8, 8)) for name in ("test", "PGD")}
+    >>> explorer = ThresholdExplorer([row], pictures, alpha=0.1, q=0.1, save_to="threshold.json")
+    >>> explorer.slider.value = 0.5  # as by hand
+    >>> explorer.threshold, "<b>66.7 %</b>" in explorer.numbers.value  # of the normal images
+    (0.5, True)
     """
 
     def __init__(self, detectors: Sequence[Row], sets: Mapping[str, Any], alpha: float, q: float, save_to: str | Path) -> None:
@@ -163,5 +179,13 @@ class ThresholdExplorer:
 def threshold_explorer(
     detectors: Sequence[Row], sets: Mapping[str, Any], alpha: float = 0.05, q: float = 0.1, save_to: str | Path = "threshold.json"
 ) -> ipywidgets.Widget:
-    """The explorer as a widget: see `ThresholdExplorer`."""
+    """The explorer as a widget: see `ThresholdExplorer`.
+
+    >>> normal = dict(name="test", kind="in", p_values=[0.1, 0.5, 1.0], scores=[0.2, 0.5, 0.9], images=[0, 2, 1])
+    >>> odd = dict(name="PGD", kind="out", p_values=[0.1, 0.1, 0.5], scores=[0.0, 0.1, 0.5], images=[1, 0, 2])
+    >>> row = dict(name="mine", fingerprint="of mine", calibration_scores=np.arange(9) / 9, curves=[normal, odd])
+    >>> pictures = {name: np.zeros((3, 3, 8, 8)) for name in ("test", "PGD")}
+    >>> [type(part).__name__ for part in threshold_explorer([row], pictures, alpha=0.1).children]
+    ['HBox', 'FloatLogSlider', 'Tab', 'HBox']
+    """
     return ThresholdExplorer(detectors, sets, alpha, q, save_to).widget

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from cadetlib import claims, record, report
+from cadetlib import claims, plots, record, report
 
 PROFILE = "tiny"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "</td><script>alert('x')</script><img src=x onerror=\"alert(1)\">{{ 7 * 7 }}"
 PARAMETERS = {
     "01_pretraining": 'arch = "resnet10"\nepochs = 60\ndata = "squares"\nseed = 3\n',
@@ -117,6 +120,7 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
             alpha=0.05,
             n_reference=30,
             n_calibration=999,
+            advice=[f"It hardly sees {file}."],
         ),
     }
 
@@ -265,6 +269,34 @@ def test_every_figure_is_inside_with_its_alternative_text(drawn):
         assert 0.9 < float(image["width"]) / int(re.search(rb'width="([\d.]+)pt"', files[0]).group(1).split(b".")[0]) * 0.75 < 1.1
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (on Debian: apt-get install chromium)")
+def test_the_page_fits_a_phone_and_paper(drawn, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto((drawn / "outputs" / PROFILE / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 688, "height": 1000})  # A4 less its margins
+        assert page.evaluate("document.documentElement.scrollWidth") <= 688
+        hidden = "[...document.querySelectorAll('details > :not(summary)')].filter(part => !part.checkVisibility()).length"
+        assert page.evaluate(hidden) == 0, "what is folded on the screen must stand on paper"
+        browser.close()
+
+
+def test_kept_results_say_how_long_a_profile_takes(root):
+    (root / "params" / PROFILE).mkdir(parents=True)
+    assert report.minutes_of_profiles() == {PROFILE: "not run yet"}
+    kept = root / "outputs" / "reference" / PROFILE
+    shutil.copytree(root / "outputs" / PROFILE, kept)
+    seconds = [json.loads((kept / f"{name}.json").read_text())["provenance"]["seconds"] for name in report.NOTEBOOKS]
+    assert report.minutes_of_profiles()[PROFILE].startswith(f"{sum(seconds) / 60:.1f} minutes on ")
+    (kept / "05_ablations.json").unlink()
+    assert report.minutes_of_profiles() == {PROFILE: "not run yet"}
+
+
 def test_what_a_system_costs_and_whether_it_differs_from_cadet(drawn):
     folder = drawn / "outputs" / PROFILE
     page = Page((folder / "report.html").read_text())
@@ -407,6 +439,7 @@ def test_strings_from_results_stay_text(folder, root, monkeypatch):
     assert "script" not in tags and tags.count("img") == len(list((folder / "figures").glob("*.svg")))
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert {image["alt"] for image in page.attributes("img")} == {f'"{HOSTILE}'}
+    assert f"It hardly sees {HOSTILE}." in page.text
     assert HOSTILE in page.lines("The 10 most anomalous") and page.text.count("{{ 7 * 7 }}") > 10
 
 
@@ -473,6 +506,18 @@ def test_colours_can_be_read_in_light_dark_and_print(drawn):
     assert set(texts) <= {"black", *(f"var(--{name})" for name in light if name not in ("mark", "line", "page", "panel"))}
     used = set(re.findall(r"var\(--([a-z]+)\)", rest))
     assert used == set(light) == set(dark)
+
+
+def test_every_word_in_a_figure_stands_out():
+    rows = [dict(anomaly=f"set {k}", n=n, auroc=0.1 * k, low=0, high=1) for k in range(8) for n in (1, 2)]
+    figures = [
+        plots.sweep(rows, "n", "views"),
+        plots.detection([row | dict(detector=row["anomaly"], encoder="") for row in rows]),
+    ]
+    words = [text for figure in figures for text in figure.findobj(Text) if text.get_text().strip()]
+    assert {text.get_text() for text in words} >= {"set 0", "set 7", "0.70"}
+    dim = {text.get_text(): text.get_color() for text in words if contrast(to_hex(text.get_color()), "#ffffff") < 4.5}
+    assert not dim
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------------
