@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=8, help="how many times as many for the comparison")
     parser.add_argument("--samples", type=int, default=20_000, help="n of the large MMD test at D = 2048; 0 leaves it out")
     parser.add_argument("--growing", type=int, nargs="*", default=[2500, 5000, 10_000], help="n of the smaller ones at --dim")
-    parser.add_argument("--dim", type=int, default=64, help="D of the smaller ones")
+    parser.add_argument("--dim", type=int, default=2048, help="D of the smaller ones")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

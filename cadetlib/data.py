@@ -385,7 +385,7 @@ def opened_image(path: Path) -> Iterator[PIL.Image.Image]:
 
 
 def upright_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
-    """The image decoded: turned as its EXIF tells, RGB, 16-bit greys scaled to 8 bits; ValueError for one without a pixel.
+    """The image decoded: turned as its EXIF tells, RGB, 16-bit greys scaled to 8 bits.
 
     >>> from PIL import Image
     >>> upright_rgb(Image.new("I;16", (1, 1), 514)).getpixel((0, 0))  # 514 of 65,535 is 2 of 255
@@ -393,8 +393,6 @@ def upright_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
     """
     from PIL import Image, ImageOps
 
-    if 0 in opened.size:
-        raise ValueError(f"of size {opened.size[0]} x {opened.size[1]}")
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))

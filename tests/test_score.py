@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import weakref
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -203,26 +202,20 @@ def test_fit_holds_no_more_for_more_images(home, detector, monkeypatch):
     assert len(images) == len(sums) == 12 + 39 and most[0] <= 3 and most[1] <= 2
 
 
-def header_only_png(width, height):
-    """A PNG that says its size and has no pixels: whoever believes it asks for as much memory."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-
-
-DAMAGED = {  # each made decoders of this environment raise something else
-    "DecompressionBombError": ("bomb.png", header_only_png(60_000, 60_000)),
+DAMAGED = {  # what Pillow raises of each
+    "DecompressionBombError": ("bomb.ppm", b"P6 60000 60000 255 "),  # whoever believes it asks for 10 GB
     "UnidentifiedImageError": ("text.jpg", b"no image"),
-    "ValueError": ("no_pixel.ppm", b"P6 0 3 255 "),
-    "SyntaxError": ("header.png", header_only_png(8, 8)[:-1] + b"x"),
+    "ValueError": ("cut.ppm", b"P6 4 "),
 }
 
 
-@pytest.mark.parametrize("name, content", DAMAGED.values(), ids=DAMAGED)
-def test_whatever_a_decoder_says_the_file_is_named(tmp_path, name, content):
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_whatever_a_decoder_says_the_file_is_named(tmp_path, kind):
+    name, content = DAMAGED[kind]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: found no readable image .*; replace or remove it"):
+    with pytest.raises(ValueError, match=f"{name}: found no readable image .*; replace or remove it") as caught:
         data.read_image(tmp_path / name, 8)
+    assert type(caught.value.__cause__).__name__ == kind
     found = score.decode(tmp_path, name, 8)
     assert found.image is None and "found no readable image" in found.error and str(tmp_path) not in found.error
 
