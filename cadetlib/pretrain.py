@@ -62,7 +62,11 @@ _GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
 
 @dataclass(frozen=True)
 class Settings:
-    """A training run. The defaults are the paper's where it gives one, SimCLRv2's where it does not."""
+    """A training run. The defaults are the paper's where it gives one, SimCLRv2's where it does not.
+
+    >>> Settings(epochs=90).batch_size
+    1024
+    """
 
     output: str = "outputs/training"  # folder of checkpoints, log and encoder
     data: str = "digits-train"  # image set, one of data.SOURCES
@@ -123,7 +127,12 @@ class Settings:
 
 
 def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
-    """Linear warm-up per iteration, then a cosine to zero at the last epoch (Section 3). step counts from 0."""
+    """Linear warm-up per iteration, then a cosine to zero at the last epoch (Section 3). step counts from 0.
+
+    >>> settings = Settings(epochs=10, warmup_epochs=2, learning_rate=1.0)
+    >>> [round(learning_rate(step, 1, settings), 3) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
     warmup, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
@@ -131,7 +140,11 @@ def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer; batch norm's parameters and biases are left out of weight decay and of LARS's adaptation."""
+    """The optimizer; batch norm's parameters and biases are left out of weight decay and of LARS's adaptation.
+
+    >>> [group["weight_decay"] for group in make_optimizer(nn.BatchNorm2d(3), Settings(optimizer="sgd")).param_groups]
+    [0.0001, 0.0]
+    """
     plain = [p for p in model.parameters() if p.ndim <= 1]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     groups: list[dict[str, Any]] = [
@@ -189,7 +202,11 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norm over all processes; torch's own on CUDA."""
+    """The model with batch norm over all processes; torch's own on CUDA.
+
+    >>> synchronised(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cpu"))[0](torch.ones(2, 3, 1, 1)).flatten().tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -201,7 +218,7 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+def _save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write atomically a checkpoint whose name carries its own digest; keep the last two."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -220,7 +237,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
+def _load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """The newest undamaged checkpoint of the first process's folder, on all processes; None when there is none at all.
 
     A damaged one is set aside with a loud line. ValueError when all are damaged: starting anew is for a person to decide.
@@ -254,13 +271,16 @@ def different_settings(found: Mapping[str, Any], settings: Settings) -> list[str
     """What a finished or interrupted run was told otherwise, "name value and value now"; those of OPERATION may differ.
 
     A setting that an older run did not know yet had its default.
+
+    >>> different_settings({"epochs": 800, "log_every": 3}, Settings(epochs=90))
+    ['epochs 800 (then) and 90 (now)']
     """
     expected, known = asdict(settings), asdict(Settings()) | dict(found)
     decisive = [k for k in expected if k not in OPERATION and known[k] != expected[k]]
     return [f"{k} {known[k]!r} (then) and {expected[k]!r} (now)" for k in decisive]
 
 
-def refuse_other_settings(found: Mapping[str, Any], settings: Settings) -> None:
+def _refuse_other_settings(found: Mapping[str, Any], settings: Settings) -> None:
     """ValueError naming each setting in which a checkpoint differs from this run."""
     if different := different_settings(found, settings):
         raise ValueError(
@@ -303,7 +323,12 @@ class _Stop:
 
 
 class Model(nn.Module):
-    """Encoder and head in one module, so that one forward pass serves all views and processes can keep in step."""
+    """Encoder and head in one module, so that one forward pass serves all views and processes can keep in step.
+
+    >>> tiny = Settings(arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=8, head_dim=5)
+    >>> Model(tiny, n_classes=0)(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 5])
+    """
 
     def __init__(self, settings: Settings, n_classes: int) -> None:
         super().__init__()
@@ -319,7 +344,12 @@ class Model(nn.Module):
 
 
 def make_model(settings: Settings, n_classes: int) -> Model:
-    """A fresh model, initialised from the seed and not from the global random state."""
+    """A fresh model, initialised from the seed and not from the global random state.
+
+    >>> tiny = Settings(arch="resnet10", width=4, stem="cifar", objective="supervised")
+    >>> make_model(tiny, n_classes=3).head
+    Linear(in_features=32, out_features=3, bias=True)
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return Model(settings, n_classes)
@@ -336,6 +366,12 @@ def training_loss(
 
     Of a streamed set, x are the views' crops (b, V, 3, S, S). Summed over processes ("sum") or averaged over them ("mean") it
     is the loss of the whole batch.
+
+    >>> tiny = Settings(arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=8, head_dim=5)
+    >>> keys = torch.arange(4)
+    >>> loss, z = training_loss(make_model(tiny, 0), TrainViews(8), torch.rand(4, 3, 8, 8), keys, keys, 0, tiny)
+    >>> loss.shape, z.shape  # two views of each image
+    (torch.Size([]), torch.Size([8, 5]))
     """
     numbers = stream.view_numbers(epoch, _n_views(settings))
     if x.ndim == 5:
@@ -354,7 +390,11 @@ def training_loss(
 
 
 def likeness(z: Tensor) -> float:
-    """Mean cosine similarity of different rows (n, D): 1 when all have collapsed to one point, be it zero."""
+    """Mean cosine similarity of different rows (n, D): 1 when all have collapsed to one point, be it zero.
+
+    >>> likeness(torch.tensor([[1.0, 0.0], [0.0, 2.0]])), likeness(torch.ones(3, 2))
+    (0.0, 1.0)
+    """
     unit, n = F.normalize(z, dim=1), len(z)
     # |u - v|^2 / 2 is 1 - <u, v> of unit vectors, and 0 of zeros, whose cosine would be undefined.
     distance = (n * unit.square().sum() - unit.sum(dim=0).square().sum()) / (n * (n - 1))
@@ -362,7 +402,11 @@ def likeness(z: Tensor) -> float:
 
 
 def is_streamed(settings: Settings) -> bool:
-    """Whether the run's images are read from files as it goes on: when asked for, or when they do not fit in memory."""
+    """Whether the run's images are read from files as it goes on: when asked for, or when they do not fit in memory.
+
+    >>> is_streamed(Settings(data="imagenet-train")), is_streamed(Settings(data="digits-train"))
+    (True, False)
+    """
     return settings.stream or (settings.data in imagenet.SETS and imagenet.SETS[settings.data].streamed)
 
 
@@ -375,7 +419,7 @@ def _prepared(name: str, settings: Settings) -> data.ImageSet:
     return images
 
 
-def training_images(settings: Settings) -> data.ImageSet:
+def _training_images(settings: Settings) -> data.ImageSet:
     """The run's images, with labels counted from 0 in the order of `classes`; brought to its size unless they are streamed."""
     images = _prepared(settings.data, settings)
     if not is_streamed(settings):
@@ -394,12 +438,21 @@ def _at_least_a_batch(images: data.ImageSet, settings: Settings, of: str = "imag
 
 
 def labelled_images(given: Mapping[str, Any], name: str) -> data.ImageSet:
-    """Another set prepared as the training images of these parameters are: same classes, size and count of labels."""
-    return training_images(replace(settings_from(given), data=name, batch_size=1))
+    """Another set prepared as the training images of these parameters are: same classes, size and count of labels.
+
+    >>> labelled_images(dict(classes=[7, 8], image_size=16), "digits").labels.unique()
+    tensor([0, 1])
+    """
+    return _training_images(replace(settings_from(given), data=name, batch_size=1))
 
 
 def train(settings: Settings, device: torch.device | None = None) -> int:
-    """Run to the end, or until asked to stop; goes on from the last checkpoint in `settings.output`. Returns the exit code."""
+    """Run to the end, or until asked to stop; goes on from the last checkpoint in `settings.output`. Returns the exit code.
+
+    >>> train(Settings(batch_size=1))
+    Traceback (most recent call last):
+    ValueError: batch_size: found 1 on 1 processes, expected at least 2 and a multiple of 1
+    """
     stop = _Stop()
     with stop.listening():
         return _train(settings, device or _own_device(), stop)
@@ -418,7 +471,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
 
-    images = training_images(settings)
+    images = _training_images(settings)
     held_out = _held_out(settings, images)
     n_classes = 1 if images.labels is None else int(images.labels.max()) + 1
     if isinstance(images, data.FolderSet):
@@ -444,9 +497,9 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     )
 
     step = 0
-    checkpoint = load_checkpoint(folder, device)
+    checkpoint = _load_checkpoint(folder, device)
     if checkpoint is not None:
-        refuse_other_settings(checkpoint["settings"], settings)
+        _refuse_other_settings(checkpoint["settings"], settings)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -461,7 +514,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             )
         if _is_first():
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step)
-            save_checkpoint(folder, step, state | dict(settings=asdict(settings)))
+            _save_checkpoint(folder, step, state | dict(settings=asdict(settings)))
 
     steps_per_epoch = len(images) // settings.batch_size
     last_step = settings.epochs * steps_per_epoch
@@ -512,7 +565,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             log.write(step=step, epoch=float(done), knn_accuracy=_knn(model.encoder, images, held_out, settings))
             began, began_step = time.perf_counter(), step
         if finished_epoch and done in settings.snapshots and _is_first():
-            encoders.save_encoder(model.encoder, snapshot_file(folder, done), half=True, steps=step)
+            encoders.save_encoder(model.encoder, _snapshot_file(folder, done), half=True, steps=step)
         asked = stop.agreed(device)
         if asked or step == end or (finished_epoch and done % settings.checkpoint_every == 0):
             save()
@@ -542,13 +595,17 @@ def _batches(
         yield checks.images(pixels[index]), labels[index], index
 
 
-def snapshot_file(folder: Path, epoch: int) -> Path:
+def _snapshot_file(folder: Path, epoch: int) -> Path:
     """Where a run keeps its encoder as it was after an epoch."""
     return folder / f"encoder-epoch-{epoch:04d}.safetensors"
 
 
 def snapshots(folder: Path) -> dict[int, Path]:
-    """The encoders that a run kept on its way: epoch -> file."""
+    """The encoders that a run kept on its way: epoch -> file.
+
+    >>> snapshots(Path("no-such-run"))
+    {}
+    """
     return {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.glob("encoder-epoch-*.safetensors"))}
 
 
@@ -597,7 +654,11 @@ class _Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log; a last line cut off by a kill is left out."""
+    """The lines of a training log; a last line cut off by a kill is left out.
+
+    >>> read_log(Path("no-such-run/log.jsonl"))
+    []
+    """
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -621,10 +682,17 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
 
     A key `supervised_X` stands in for X when the objective is "supervised"; `profile` and `output` say where results go:
     <output, or outputs/<profile>>/pretraining/<objective>.
+
+    >>> settings_from({"epochs": 800, "supervised_epochs": 90}, "supervised").epochs
+    90
     """
     defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings) if f.name != "objective"}
     allowed = defaults | {f"supervised_{k}": v for k, v in defaults.items()} | {"profile": "digits", "output": "", "processes": 1}
-    checked = parameters.validate(allowed | dict.fromkeys(TAKEN.values(), ""), given)
+    besides = dict.fromkeys(TAKEN.values(), "") | {
+        "other_recipes": [],
+        "train_other_recipes": True,
+    }  # what notebook 01 is told besides
+    checked = parameters.validate(allowed | besides, given)
     folder = record.output_folder(checked["profile"], checked["output"])
     chosen = {k: v for k, v in given.items() if k in defaults}
     if objective == "supervised":
@@ -638,6 +706,9 @@ def run_folder(settings: Settings) -> Path:
     """Where a run belongs: its `output`, with a digest of all settings that are decisive and not the default.
 
     So a run that was interrupted is found again, one with other settings begins anew, and a finished one is not repeated.
+
+    >>> run_folder(Settings(output="training")) == run_folder(Settings(output="training", epochs=90))
+    False
     """
     defaults = asdict(Settings())
     decisive = {k: v for k, v in asdict(settings).items() if k not in OPERATION and v != defaults[k]}
@@ -650,6 +721,10 @@ def obtain(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     With `pretrained` (or `supervised_pretrained`) nothing is trained: see `take`.
     What the project keeps of a profile lies in outputs/reference/<profile>/pretraining/<objective>. Its file is used only when
     its digest is right and it was trained with just these settings, and it is said that it was used.
+
+    >>> obtain({"pretrained": "no-such-file.pth"})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FileNotFoundError: pretrained: found no file ...no-such-file.pth (a relative path begins at the data root, ...
     """
     settings = settings_from(given, objective)
     if name := given.get(TAKEN[objective]):
@@ -679,6 +754,10 @@ def take(name: str, settings: Settings) -> Path:
     has to bring its classifier, for the very classes of `settings.data`: "torchvision:NAME", or a file of this project with a
     head. Of the log there is one line, which says the epochs that the parameters state. FileNotFoundError says how to get what
     is not there; ValueError when it is no ResNet, or has no such classifier.
+
+    >>> take("no-such-file.pth", Settings())  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FileNotFoundError: pretrained: found no file ...no-such-file.pth (a relative path begins at the data root, ...
     """
     parameter, supervised = TAKEN[settings.objective], settings.objective == "supervised"
     if absent := missing_weights({parameter: name}):
@@ -716,7 +795,14 @@ def missing_weights(given: Mapping[str, Any]) -> list[str]:
 
 
 def origin(folder: Path) -> str:
-    """Where the encoder in a run's folder is from, in words."""
+    """Where the encoder in a run's folder is from, in words.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = encoders.save_encoder(encoders.ResNet("resnet10", 4), folder / ENCODER, source="timm:resnet50")
+    >>> origin(folder)
+    'timm:resnet50, trained by others'
+    """
     about = encoders.read_safetensors(folder / ENCODER, encoders.FORMAT)[1]
     return f"{about['source']}, trained by others" if "source" in about else "trained with these parameters"
 
@@ -781,6 +867,10 @@ def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     A finished run is found in its `run_folder` and not repeated.
     `processes` > 1 starts that many with torchrun. The child's environment holds no distributed variables, and interrupting
     this call, or the end of this process, ends the whole group. RuntimeError when the training did not finish.
+
+    >>> launch({"epocs": 3})
+    Traceback (most recent call last):
+    ValueError: parameters: epocs: unknown parameter, did you mean epochs?
     """
     import yaml
 

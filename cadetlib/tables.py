@@ -175,6 +175,27 @@ def details(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines, index=index).sort_index(level="anomaly", sort_remaining=False)
 
 
+def precision(rows: Sequence[Row]) -> pd.DataFrame:
+    """What half precision does to scores: differences to float32 in units of each similarity's spread over images.
+
+    >>> row = dict(dtype="bfloat16", m_in_mean=0.006, m_in_largest=0.025, m_out_mean=0.002, m_out_largest=0.015, forward_ms=6.3)
+    >>> frame = precision([row | dict(score_mean=0.01, score_largest=0.03, rank=0.99983, p_value_largest=0.0196)])
+    >>> frame.loc["bfloat16", ["m_in: mean", "rank", "ms / view"]].tolist()
+    ['0.006', '0.99983', '6.3']
+    """
+    names = ("m_in", "m_out", "score")
+    lines = [
+        {f"{name}: {which}": f"{row[f'{name}_{which}']:.2g}" for name in names for which in ("mean", "largest")}
+        | {
+            "rank": f"{row['rank']:.5f}",
+            "p-value: largest": f"{row['p_value_largest']:.2g}",
+            "ms / view": f"{row['forward_ms']:.3g}",
+        }
+        for row in rows
+    ]
+    return pd.DataFrame(lines, index=pd.Index([row["dtype"] for row in rows], name="forward passes"))
+
+
 def table_5(columns: Mapping[str, Row]) -> pd.DataFrame:
     """Mean and variance of m_in and m_out for each set, with intervals, in the paper's layout; set -> moments.
 
