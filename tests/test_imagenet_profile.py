@@ -25,7 +25,7 @@ SETS = {
     "02": {"reference", "shifted", "trained_shifted"},
     "03": {"in_distribution", "unseen"},
     "04": {"in_distribution", "training", "unseen", "attacks", "detectors"},
-    "05": {"crop_sets", "training", "study_attacks"},
+    "05": {"crop_sets", "training", "study_attacks", "other_backbones", "precisions"},
     "06": {"other_normal"},
 }
 SIZES = {
@@ -36,7 +36,7 @@ SIZES = {
     "04": {"n_held_out", "n_training", "pgd_n_steps", "n_views", "view_grid", "n_reference", "n_calibration", "n_tuning", "n_hu"}
     | {"n_unseen", "hu_cap_targeted", "hu_cap_untargeted"},
     "05": {"reference_sizes", "crop_n_views", "study_n_images", "study_n_reference", "study_n_calibration", "study_n_views"}
-    | {"study_strengths", "n_training"},
+    | {"study_strengths", "n_training", "precision_n_images"},
     "06": {"n_other"},
     "07": {"image_size", "n_views"},
 }
