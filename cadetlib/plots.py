@@ -67,10 +67,10 @@ def _ink(colour: str) -> str:
     >>> _ink("#0072B2"), _ink("#E69F00")
     ('#0072b2', '#9d6d00')
     """
-    rgb = np.array(to_rgb(colour))
-    while 1.05 / (_luminance(to_hex(rgb)) + 0.05) < 4.5:
-        rgb *= 0.99
-    return to_hex(rgb)
+    red, green, blue = to_rgb(colour)
+    while 1.05 / (_luminance(to_hex((red, green, blue))) + 0.05) < 4.5:
+        red, green, blue = 0.99 * red, 0.99 * green, 0.99 * blue
+    return to_hex((red, green, blue))
 
 
 End = tuple[float, float, str, str]  # of a line: x, y, name, colour

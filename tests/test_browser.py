@@ -1,6 +1,8 @@
-"""The threshold explorer in JupyterLab in a real browser: moved by keyboard, its numbers read back, nothing asked of other hosts.
+"""Notebook 06 in JupyterLab, and under Voila where that is installed, in a real browser: the slider is moved, numbers are read.
 
-Screenshots are kept in outputs/screenshots/.
+A small results folder stands in for those of notebooks 01 and 04: real digits, networks with random weights, so that anomalies
+are hard to see and all shares lie between 0 and 1. The numbers on the page are compared with what the saved detectors say of
+the images themselves. Screenshots are kept in outputs/screenshots/.
 """
 
 import json
@@ -11,65 +13,61 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
+import torch
 
-from cadetlib import plots, thresholds
+from cadetlib import cadet, corruptions, data, encoders, experiments, metrics, plots, record
+from cadetlib.views import resize_to
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+VOILA = shutil.which("voila", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = "06_thresholds.ipynb"
 TOKEN = "a-token-for-this-test"
+SETTINGS = dict(image_size=16, n_views=4, view_grid=[2, 4], crop_scale=0.75, flip=False, seed=0, dtype="float32")
+SETTINGS |= dict(n_reference=20, n_calibration=99, n_splits=2)
+N_IN, N_OUT, SIDE = 200, 80, SETTINGS["image_size"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (on Debian: apt-get install chromium)"),
 ]
 
-CELLS = [
-    "import json\nimport numpy as np\nfrom cadetlib import explored, widgets",
-    'detectors = [explored.curves(row) for row in json.load(open("detectors.json"))]\npictures = dict(np.load("pictures.npz"))',
-    'widgets.threshold_explorer(detectors, pictures, alpha=0.05, q=0.1, save_to="threshold.json")',
-]
+
+def network(name):
+    torch.manual_seed(len(name))
+    return encoders.ResNet("resnet10", width=4, stem="cifar", image_size=SIDE).eval()
 
 
-def rows():
-    """Two detectors' scores, as notebook 06 saves them, of 300 images of each set."""
-    import numpy as np
-
-    found = []
-    for seed, name in enumerate(("contrastive", "supervised")):
-        generator = np.random.default_rng(seed)
-        sets = []
-        for set_name, kind, shift in (
-            ("in-distribution", "in", 0),
-            ("training", "in", 0.4),
-            ("unseen", "out", -1),
-            ("PGD", "out", -3),
-        ):
-            scores = generator.normal(shift, size=300)
-            sets.append(dict(name=set_name, kind=kind, scores=np.sort(scores).tolist(), images=np.argsort(scores).tolist()))
-        calibration = np.sort(generator.normal(size=199)).tolist()
-        found.append(dict(name=name, fingerprint=f"of {name}", ties="paper", calibration_scores=calibration, sets=sets))
-    return found
+def images_of_04():
+    """Digits 0 to 6, digits 7 to 9, and the former with noise, which stand in for the attacked ones."""
+    normal = experiments.labelled("digits-test", range(7), SIDE, N_IN).images
+    unseen = experiments.anomalous(data.load("digits-7-to-9"), N_OUT, SIDE, "digits-test", N_IN, 0)
+    noisy = corruptions.gaussian_noise(resize_to(normal, SIDE), 0.05).clamp(0, 1)
+    return {"in-distribution": normal, "digits-7-to-9": unseen, "noise": noisy}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A notebook that shows the explorer, with what it shows, and the detectors read back."""
-    import nbformat
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("lab")
-    (folder / "detectors.json").write_text(json.dumps(rows()))
-    generator = np.random.default_rng(0)
-    names = [one["name"] for one in rows()[0]["sets"]]
-    np.savez(folder / "pictures.npz", **{name: generator.integers(256, size=(300, 3, 16, 16), dtype=np.uint8) for name in names})
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "explorer.ipynb")
-    return folder
+    """The notebook in a checkout that holds what it needs of notebooks 01 and 04 -> the results folder."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "notebooks").mkdir()
+    for name in ("01_pretraining", "04_cadet_tables", "06_thresholds"):
+        shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", root / "notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CADET_ROOT", str(root))
+        run = record.start("01_pretraining", {"profile": "digits"})
+        names = ("contrastive", "supervised")
+        run.save(encoders={n: encoders.save_encoder(network(n), run.folder / n / "encoder.safetensors") for n in names})
+        run, sets = record.start("04_cadet_tables", {"profile": "digits"}), images_of_04()
+        about = [dict(name=name, paired=name == "noise", n=len(images)) for name, images in sets.items()]
+        run.save(images=experiments.save_sets(run.folder, **sets), sets=about, settings=SETTINGS)
+    return run.folder
 
 
 def free_port():
@@ -78,40 +76,52 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@contextmanager
+def server(command, ready, folder, home):
+    """A server with settings of its own, until the block ends; it has started when `ready` answers."""
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    environment = os.environ | {name: str(home) for name in names} | {"CADET_ROOT": str(folder.parents[1])}
+    environment.pop("CADET_RUN_ID", None)
+    with open(home / "log", "wb") as log:
+        process = subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(600):
+                try:
+                    urlopen(ready, timeout=5).close()
+                    break
+                except HTTPError:  # an answer too
+                    break
+                except OSError:
+                    assert process.poll() is None, (home / "log").read_text()
+                    time.sleep(0.2)
+            yield
+        finally:
+            process.terminate()  # and its kernels with it
+            process.wait(60)
+
+
 @pytest.fixture(scope="module")
 def lab(folder, tmp_path_factory):
-    """JupyterLab on 127.0.0.1, with settings of its own and without its question about news -> its address."""
-    home = tmp_path_factory.mktemp("jupyter")
+    """JupyterLab on 127.0.0.1, without its question about news -> its address."""
+    home, port = tmp_path_factory.mktemp("jupyter"), free_port()
     (home / "labconfig").mkdir()
     disabled = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     (home / "labconfig" / "page_config.json").write_text(json.dumps(disabled))
-    port = free_port()
-    settings = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "root_dir": folder, "allow_root": True}
+    tracker = home / "lab" / "user-settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text('{"windowingMode": "none"}')  # every cell is drawn, in sight or not
+    settings = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, allow_root=True)
+    settings["root_dir"] = folder.parents[1]
     command = [sys.executable, "-m", "jupyterlab", f"--IdentityProvider.token={TOKEN}", "--LabApp.extension_manager=readonly"]
     command += [f"--ServerApp.{name}={value}" for name, value in settings.items()]
-    places = {
-        name: str(home) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
-    }
-    log = open(home / "log", "wb")
-    server = subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            try:
-                urlopen(f"http://127.0.0.1:{port}/api/status?token={TOKEN}", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (home / "log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?token={TOKEN}"
-    finally:
-        server.terminate()  # and its kernels with it
-        server.wait(60)
-        log.close()
+    address = f"http://127.0.0.1:{port}"
+    with server(command, f"{address}/api/status?token={TOKEN}", folder, home):
+        yield f"{address}/lab/tree/notebooks/{NOTEBOOK}?token={TOKEN}"
 
 
-@pytest.fixture(scope="module")
-def page(lab):
-    """The notebook, run, in a browser; `page.hosts` are those it asked anything of."""
+@contextmanager
+def browser_page():
+    """A page of a browser; `page.hosts` are those that it asked anything of."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -121,18 +131,33 @@ def page(lab):
         page.hosts = set()
         page.on("request", lambda request: page.hosts.add(urlsplit(request.url).hostname))
         page.on("websocket", lambda websocket: page.hosts.add(urlsplit(websocket.url).hostname))
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    """The notebook, run from its first cell to its last."""
+    with browser_page() as page:
         page.goto(lab)
         page.locator("#jp-bottom-panel, .jp-StatusBar-Widget").get_by_text("| Idle").first.wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
-        page.locator(".cadet-explorer .cadet-numbers").wait_for()
+        wait_for_the_explorer(page)
         yield page
-        browser.close()
+
+
+def wait_for_the_explorer(page):
+    """Until the last cell shows it, or one has failed: seconds, and minutes on a machine that is busy with other things."""
+    explorer, failure = page.locator(".cadet-explorer .cadet-numbers"), page.get_by_text("Traceback (most recent call last)")
+    explorer.or_(failure).first.wait_for(timeout=900_000)
+    assert not failure.count(), failure.first.inner_text()
 
 
 def screenshot(page, name):
     folder = ROOT / "outputs" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
+    page.locator(".cadet-explorer").evaluate("explorer => explorer.scrollIntoView()")
     page.screenshot(path=folder / f"{name}.png")
 
 
@@ -150,30 +175,37 @@ def saved(page, folder):
     return json.loads((folder / "threshold.json").read_text())
 
 
-def expected(row, names, threshold):
-    """What the library says, from the rows that the notebook read."""
-    from cadetlib import explored
+def expected(folder, name, normal, threshold):
+    """What the saved detector says of the images themselves: the share of p-values at or below the threshold, for each set."""
+    detector = cadet.CADet.load(folder / "detectors" / f"{name}.safetensors", network(name))
+    sets, test = images_of_04(), experiments.splits(N_IN, 2, 20, 99, seed=0)[0].test
+    seen = {"in-distribution": sets["in-distribution"][test], "noise": sets["noise"][test]}
+    seen |= {
+        "digits-7-to-9": sets["digits-7-to-9"],
+        "digits-train": experiments.labelled("digits-train", range(7), SIDE, 200).images,
+    }
+    shares = {one: (detector.p_values(seen[one]) <= threshold).double().mean() for one in (normal, "digits-7-to-9", "noise")}
+    promise = metrics.beta_false_positive_interval(99, threshold).expected
+    return {one: plots.share_text(float(share)) for one, share in (shares | {"promised": promise}).items()} | {"threshold": ""}
 
-    curves = thresholds.chosen(explored.curves(row)["curves"], names[0], names[1:])
-    point = thresholds.operating_point(curves, len(row["calibration_scores"]), threshold)
-    shares = {name: plots.share_text(share) for name, share in point["flagged"].items()}
-    return shares | {"threshold": "", "promised": plots.share_text(point["expected"].expected)}
 
-
-def test_the_slider_moves_and_the_numbers_are_the_library_s(page, folder):
-    names = ["in-distribution", "unseen", "PGD"]
-    assert shown(page) == expected(rows()[0], names, 0.05)
-    before, marks = shown(page), page.locator(".cadet-explorer svg").first.inner_html()
+def press(page, n):
     page.locator(".cadet-explorer .noUi-handle").first.focus()
-    for _ in range(40):
+    for _ in range(n):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("p => !document.querySelector('.cadet-numbers').innerText.includes(p)", arg=f"p ≤ {0.05:.4g}")
+
+
+def test_the_slider_moves_and_the_numbers_are_those_of_the_saved_detector(page, folder):
+    before, marks = shown(page), page.locator(".cadet-explorer svg").first.inner_html()
+    assert before == expected(folder, "contrastive", "in-distribution", 0.05)
+    press(page, 40)
     page.locator(".cadet-numbers").get_by_text(re.compile(r"p ≤ 0\.1256")).wait_for()  # 0.05 times ten to the 0.4
     kept = saved(page, folder)
-    assert kept["threshold"] == pytest.approx(0.05 * 10**0.4, rel=1e-6) and kept["detector"] == "of contrastive"
-    assert shown(page) == expected(rows()[0], names, kept["threshold"]) != before
+    assert kept["threshold"] == pytest.approx(0.05 * 10**0.4, rel=1e-6)
+    assert shown(page) == expected(folder, "contrastive", "in-distribution", kept["threshold"]) != before
     assert page.locator(".cadet-explorer svg").first.inner_html() != marks
-    assert page.locator(".cadet-examples img").count() == 24
+    false_alarms = round(kept["flagged"]["in-distribution"] * (N_IN - 20 - 99))
+    assert page.locator(".cadet-examples img").count() == 8 + 8 + min(8, false_alarms) > 16
     screenshot(page, "explorer")
 
 
@@ -184,12 +216,13 @@ def test_marks_lie_on_the_figure(page):
 
 def test_another_detector_and_the_batch(page, folder):
     page.get_by_label("detector").select_option("supervised")
-    page.wait_for_function("() => document.querySelector('.cadet-numbers').innerText.includes('199 calibration')")
-    page.get_by_label("normal").select_option("training")
-    page.locator(".cadet-numbers").get_by_text("false alarms: training").wait_for()
+    page.get_by_label("normal").select_option("digits-train")
+    page.locator(".cadet-numbers").get_by_text("false alarms: digits-train").wait_for()
     kept = saved(page, folder)
-    assert kept["detector"] == "of supervised"
-    assert shown(page) == expected(rows()[1], ["training", "unseen", "PGD"], kept["threshold"])
+    assert (
+        kept["detector"] == cadet.CADet.load(folder / "detectors" / "supervised.safetensors", network("supervised")).fingerprint()
+    )
+    assert shown(page) == expected(folder, "supervised", "digits-train", kept["threshold"])
     page.get_by_role("tab", name="A batch").click()
     page.locator(".cadet-batch").get_by_text("Benjamini–Hochberg").wait_for()
     screenshot(page, "batch")
@@ -198,3 +231,20 @@ def test_another_detector_and_the_batch(page, folder):
 def test_no_other_host_is_asked(page):
     assert page.hosts <= {"127.0.0.1", None}, page.hosts  # None: data: addresses, of the images inside the page
     assert "127.0.0.1" in page.hosts
+
+
+@pytest.mark.skipif(VOILA is None, reason="no voila beside this Python or on the PATH (pip install voila)")
+def test_the_notebook_served_by_voila(folder, tmp_path):
+    """The same slider and numbers without Jupyter around them. Voila's page also asks a CDN for icons, and does without."""
+    port = free_port()
+    command = [VOILA, folder.parents[1] / "notebooks" / NOTEBOOK, "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
+    address = f"http://127.0.0.1:{port}"
+    with server(command, f"{address}/voila/static/", folder, tmp_path), browser_page() as page:
+        page.goto(address, timeout=900_000, wait_until="commit")
+        wait_for_the_explorer(page)
+        assert shown(page) == expected(folder, "contrastive", "in-distribution", 0.05)
+        press(page, 40)
+        page.locator(".cadet-numbers").get_by_text(re.compile(r"p ≤ 0\.1256")).wait_for()
+        assert shown(page) == expected(folder, "contrastive", "in-distribution", 0.05 * 10**0.4)
+        assert page.hosts <= {"127.0.0.1", None, "cdn.jsdelivr.net"}, page.hosts
+        screenshot(page, "voila")
