@@ -19,7 +19,11 @@ from cadetlib import parameters, record
 
 @dataclass(frozen=True)
 class Folder:
-    """A set of image files below the data root: so many of them, in so many sub-folders that are labels (0: none)."""
+    """A set of image files below the data root: so many of them, in so many sub-folders that are labels (0: none).
+
+    >>> SETS["imagenet-val"].n_images
+    50000
+    """
 
     path: str
     n_images: int
@@ -127,6 +131,11 @@ def published_lists(given: Mapping[str, Any]) -> list[dict[str, list[str]]]:
     """For each split of notebook 04 with these parameters, the file names of X_val(1), X_val(2) and the test images.
 
     The same names for the same seed wherever the set is whole; the notebook draws the very same images.
+
+    >>> given = dict(in_distribution="digits", classes=[], n_held_out=0)
+    >>> published_lists(given)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: in_distribution: found digits, expected a set of image files, one of ...
     """
     from cadetlib import data, experiments  # they read this file for what they know of the sets
 
@@ -147,7 +156,13 @@ def published_lists(given: Mapping[str, Any]) -> list[dict[str, list[str]]]:
 
 
 def write_lists(folder: Path, given: Mapping[str, Any]) -> list[Path]:
-    """`published_lists` as text, one name a line: FOLDER/split-0/x_val_1.txt and so on; returns the files."""
+    """`published_lists` as text, one name a line: FOLDER/split-0/x_val_1.txt and so on; returns the files.
+
+    >>> given = dict(in_distribution="digits", classes=[], n_held_out=0)
+    >>> write_lists(Path("lists"), given)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: in_distribution: found digits, expected a set of image files, one of ...
+    """
     written = []
     for i, lists in enumerate(published_lists(given)):
         for part, names in lists.items():

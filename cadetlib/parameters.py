@@ -25,14 +25,23 @@ _SCALARS = {bool: "True or False", int: "a whole number", float: "a number", str
 
 @dataclass(frozen=True)
 class Parameter:
-    """One declared parameter: its default value, whose type it has, and the comment that says what it is."""
+    """One declared parameter: its default value, whose type it has, and the comment that says what it is.
+
+    >>> Parameter(0.1, "temperature").value
+    0.1
+    """
 
     value: Any
     comment: str = ""
 
 
 def read_notebook(path: str | Path) -> list[dict[str, Any]]:
-    """The cells of a notebook, each with `cell_type`, `source` (one string) and `metadata`; ValueError for another file."""
+    """The cells of a notebook, each with `cell_type`, `source` (one string) and `metadata`; ValueError for another file.
+
+    >>> from cadetlib import record
+    >>> read_notebook(record.checkout() / "notebooks" / "00_setup.ipynb")[0]["cell_type"]
+    'markdown'
+    """
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
         return [{**cell, "source": "".join(cell["source"]), "metadata": cell.get("metadata", {})} for cell in cells]
@@ -44,6 +53,10 @@ def declared(notebook: str | Path) -> dict[str, Parameter]:
     """The parameters that a notebook declares in its one cell tagged `parameters`, in their order.
 
     ValueError when there is no such cell, or when it holds anything but assignments of flat literals.
+
+    >>> from cadetlib import record
+    >>> declared(record.checkout() / "notebooks" / "00_setup.ipynb")["profile"].value
+    'digits'
     """
     tagged = [cell["source"] for cell in read_notebook(notebook) if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
@@ -123,6 +136,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The flat mapping name -> value of a YAML file; an empty file is an empty mapping.
 
     FileNotFoundError when there is no such file; ValueError when it is not YAML, not a mapping, or names a parameter twice.
+
+    >>> from cadetlib import record
+    >>> read_yaml(record.checkout() / "params" / "digits" / "08_report.yaml")
+    {'profile': 'digits'}
     """
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)

@@ -55,7 +55,11 @@ NOISE = re.compile(
 
 @dataclass(frozen=True)
 class Notebook:
-    """One notebook of a profile, as it will be run."""
+    """One notebook of a profile, as it will be run.
+
+    >>> [notebook.number for notebook in notebooks_of("digits")][:3]
+    ['00', '01', '02']
+    """
 
     name: str
     path: Path
@@ -78,6 +82,9 @@ def notebooks_of(profile: str, root: Path | None = None) -> list[Notebook]:
 
     One ValueError lists all that is wrong: an unknown profile, a notebook without its parameter file or the reverse, unknown
     names, wrong types, a need of what is no earlier notebook.
+
+    >>> notebooks_of("digits")[1].name
+    '01_pretraining'
     """
     root = root or record.checkout()
     profiles = sorted(p.name for p in (root / "params").glob("*") if p.is_dir())
@@ -143,7 +150,11 @@ def _tree(source: str, path: Path) -> ast.Module:
 
 
 def select(notebooks: Sequence[Notebook], only: str | None) -> list[Notebook]:
-    """The notebooks of `--only`, a comma-separated list of numbers or names; all of them for None."""
+    """The notebooks of `--only`, a comma-separated list of numbers or names; all of them for None.
+
+    >>> [notebook.name for notebook in select(notebooks_of("digits"), "0,08_report")]
+    ['00_setup', '08_report']
+    """
     if only is None:
         return list(notebooks)
     wanted = [item.strip() for item in only.split(",")]
@@ -156,7 +167,11 @@ def select(notebooks: Sequence[Notebook], only: str | None) -> list[Notebook]:
 
 
 def gpu_slots(gpus: str | None) -> list[str | None]:
-    """One CUDA_VISIBLE_DEVICES a notebook that may run at a time; [None], one after the other, without `--gpus`."""
+    """One CUDA_VISIBLE_DEVICES a notebook that may run at a time; [None], one after the other, without `--gpus`.
+
+    >>> gpu_slots(None)
+    [None]
+    """
     if gpus is None:
         return [None]
     if not re.fullmatch(r"\d+(,\d+)*", gpus) or len(set(gpus.split(","))) < len(gpus.split(",")):
@@ -169,7 +184,12 @@ def gpu_slots(gpus: str | None) -> list[str | None]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    >>> import torch
+    >>> len(visible_gpus()) == torch.cuda.device_count()
+    True
+    """
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -178,7 +198,11 @@ def visible_gpus() -> list[str]:
 
 
 def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
-    """For each image set that a notebook lists in its parameter `data_required` and that is not there, what to do about it."""
+    """For each image set that a notebook lists in its parameter `data_required` and that is not there, what to do about it.
+
+    >>> missing_data(notebooks_of("digits"))
+    []
+    """
     names = [name for notebook in notebooks for name in notebook.parameters.get("data_required", [])]
     if not names:
         return []
@@ -188,7 +212,11 @@ def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
 
 
 def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
-    """For each file of weights that a notebook is to take from others and that is not there, what to do about it."""
+    """For each file of weights that a notebook is to take from others and that is not there, what to do about it.
+
+    >>> missing_weights(notebooks_of("digits"))
+    []
+    """
     named = [n.parameters for n in notebooks if n.parameters.get("pretrained") or n.parameters.get("supervised_pretrained")]
     if not named:
         return []
@@ -201,13 +229,21 @@ def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
 
 
 def library_digest(folder: Path = PACKAGE) -> str:
-    """SHA-256 of the package's sources and templates."""
+    """SHA-256 of the package's sources and templates.
+
+    >>> library_digest() == library_digest(PACKAGE), len(library_digest())
+    (True, 64)
+    """
     files = sorted([*folder.glob("*.py"), *folder.glob("*.j2")])
     return record.digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files])
 
 
 def data_listing() -> dict[str, int | None] | None:
-    """Names of the data root's entries, and sizes of its files; None without a data root. Its place does not matter."""
+    """Names of the data root's entries, and sizes of its files; None without a data root. Its place does not matter.
+
+    >>> isinstance(data_listing(), dict | None)
+    True
+    """
     root = Path(os.environ.get("CADET_DATA") or record.checkout() / "data").expanduser()
     if not root.is_dir():
         return None
@@ -215,7 +251,12 @@ def data_listing() -> dict[str, int | None] | None:
 
 
 def key_of(notebook: Notebook, folder: Path, library: str, data: Mapping[str, int | None] | None) -> str:
-    """What the notebook's results depend on, as one digest. Raises as `record.read` when what it needs is not on disk."""
+    """What the notebook's results depend on, as one digest. Raises as `record.read` when what it needs is not on disk.
+
+    >>> setup = notebooks_of("digits")[0]  # which needs no other
+    >>> key_of(setup, Path(), "library 1", None) == key_of(setup, Path(), "library 2", None)
+    False
+    """
     needed = {name: record.read(folder / f"{name}.json").digest for name in notebook.needs}
     return record.digest([notebook.parameters, notebook.source, library, data, needed])
 
@@ -225,7 +266,11 @@ def _done_file(folder: Path, name: str) -> Path:
 
 
 def is_done(folder: Path, name: str, key: str | None = None) -> bool:
-    """Whether a notebook was finished (with that key), and its results and the files beside them are those of that run."""
+    """Whether a notebook was finished (with that key), and its results and the files beside them are those of that run.
+
+    >>> is_done(Path("no-such-folder"), "00_setup")
+    False
+    """
     try:
         done = json.loads(_done_file(folder, name).read_bytes())
         if key not in (None, done["key"]) or record.read(folder / f"{name}.json").digest != done["digest"]:
@@ -236,7 +281,15 @@ def is_done(folder: Path, name: str, key: str | None = None) -> bool:
 
 
 def mark_done(folder: Path, name: str, key: str, found: record.Loaded) -> None:
-    """Note that a notebook was finished, with what key, and which results and files it left."""
+    """Note that a notebook was finished, with what key, and which results and files it left.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> content = record.canonical({"results": {"x": 1}, "provenance": {}, "digest": record.digest({"x": 1})})
+    >>> mark_done(folder, "00_setup", "key", record.read(record.write_atomically(folder / "00_setup.json", content)))
+    >>> is_done(folder, "00_setup", "key"), is_done(folder, "00_setup", "another key")
+    (True, False)
+    """
     done = {"key": key, "digest": found.digest, "files": record.kept_files(folder, name, found.results)}
     record.write_atomically(_done_file(folder, name), record.canonical(done) + "\n")
 
@@ -246,7 +299,11 @@ def mark_done(folder: Path, name: str, key: str, found: record.Loaded) -> None:
 
 @dataclass
 class Job:
-    """What the notebooks of one call have in common."""
+    """What the notebooks of one call have in common.
+
+    >>> Job(record.checkout(), record.output_folder("digits"), "", library_digest(), data_listing()).force
+    False
+    """
 
     root: Path
     folder: Path
@@ -257,7 +314,7 @@ class Job:
 
 
 @dataclass
-class Child:
+class _Child:
     """One notebook at work."""
 
     notebook: Notebook
@@ -270,7 +327,7 @@ class Child:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class _Outcome:
     """What became of a notebook."""
 
     state: str
@@ -278,15 +335,15 @@ class Outcome:
     failure: str = ""
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     """Print at once, also into a pipe."""
     print(text, flush=True)
 
 
-def run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]) -> dict[str, Outcome]:
+def _run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]) -> dict[str, _Outcome]:
     """Run what is not done, each as soon as what it needs is there and a slot is free; after a failure nothing new is begun."""
-    waiting, running, free = list(selected), list[Child](), list(slots)
-    outcomes: dict[str, Outcome] = {}
+    waiting, running, free = list(selected), list[_Child](), list(slots)
+    outcomes: dict[str, _Outcome] = {}
     place = {n.name: f"[{i}/{len(selected)}] {n.name}" for i, n in enumerate(selected, 1)}
     try:
         while running or (waiting and not _failed(outcomes)):
@@ -297,10 +354,10 @@ def run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None])
                 waiting.remove(notebook)
                 key = key_of(notebook, job.folder, job.library, job.data)
                 if is_done(job.folder, notebook.name, key):
-                    outcomes[notebook.name] = Outcome("skipped, unchanged")
-                    say(f"{place[notebook.name]} skipped, unchanged")
+                    outcomes[notebook.name] = _Outcome("skipped, unchanged")
+                    _say(f"{place[notebook.name]} skipped, unchanged")
                 else:
-                    say(place[notebook.name])
+                    _say(place[notebook.name])
                     running.append(_begin(notebook, key, job, free.pop(0), len(slots)))
                 continue
             time.sleep(0.1)
@@ -308,24 +365,24 @@ def run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None])
                 running.remove(child)
                 free.append(child.slot)
                 outcome = outcomes[child.notebook.name] = _finish(child, job)
-                say(f"{place[child.notebook.name]} {outcome.state}, {outcome.seconds:.1f} s")
+                _say(f"{place[child.notebook.name]} {outcome.state}, {outcome.seconds:.1f} s")
     finally:
         _end(running)
     return outcomes
 
 
-def _failed(outcomes: Mapping[str, Outcome]) -> bool:
+def _failed(outcomes: Mapping[str, _Outcome]) -> bool:
     return any(outcome.failure for outcome in outcomes.values())
 
 
-def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: int) -> Child:
-    """Start papermill on a notebook, in a process of its own under `supervise`."""
+def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: int) -> _Child:
+    """Start papermill on a notebook, in a process of its own under `_supervise`."""
     executed, log = job.folder / f"{notebook.name}.ipynb", job.folder / "logs" / f"{notebook.name}.log"
     for stale in (_done_file(job.folder, notebook.name), executed):
         stale.unlink(missing_ok=True)
     log.parent.mkdir(exist_ok=True)
     run_id = uuid.uuid4().hex
-    supervisor = "import sys; from cadetlib.reproduce import supervise; sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))"
+    supervisor = "import sys; from cadetlib.reproduce import _supervise; sys.exit(_supervise(int(sys.argv[1]), sys.argv[2:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", supervisor, str(os.getpid()), *_papermill(notebook, executed, job)],
         cwd=job.root,
@@ -340,7 +397,7 @@ def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: in
     prefix = f"{notebook.number} | " if n_slots > 1 else "    "
     printer = threading.Thread(target=_print_and_log, args=(process, log, prefix), daemon=True)
     printer.start()
-    return Child(notebook, key, run_id, slot, process, printer, time.monotonic())
+    return _Child(notebook, key, run_id, slot, process, printer, time.monotonic())
 
 
 def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
@@ -374,10 +431,10 @@ def _print_and_log(process: subprocess.Popen[str], log: Path, prefix: str) -> No
             file.write(line)
             file.flush()
             if line.strip() and not NOISE.match(line):
-                say(prefix + line.rstrip())
+                _say(prefix + line.rstrip())
 
 
-def _finish(child: Child, job: Job) -> Outcome:
+def _finish(child: _Child, job: Job) -> _Outcome:
     """Judge an ended notebook, and mark it done when its results are there."""
     child.printer.join()
     name, seconds = child.notebook.name, time.monotonic() - child.started
@@ -391,9 +448,9 @@ def _finish(child: Child, job: Job) -> Outcome:
     except ValueError as error:
         why = why or str(error)
     if why:
-        return Outcome("failed", seconds, f"{name} failed: {why}\n{_what_happened(job.folder, name)}")
+        return _Outcome("failed", seconds, f"{name} failed: {why}\n{_what_happened(job.folder, name)}")
     mark_done(job.folder, name, child.key, found)
-    return Outcome("done", seconds)
+    return _Outcome("done", seconds)
 
 
 def _what_happened(folder: Path, name: str, n_lines: int = 20) -> str:
@@ -416,7 +473,7 @@ def _uncoloured(line: str) -> str:
 # --- processes ----------------------------------------------------------------------------------------------------------
 
 
-def supervise(parent: int, command: Sequence[str]) -> int:
+def _supervise(parent: int, command: Sequence[str]) -> int:
     """Run a command to its exit code; end it, with all that it started, when the process `parent` ends, however it ends.
 
     The kernel is papermill's child in a session of its own, and a notebook may start processes itself: the one who takes
@@ -432,10 +489,10 @@ def supervise(parent: int, command: Sequence[str]) -> int:
         return code if code >= 0 else 128 - code
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_descendants()
+        _end_descendants()
 
 
-def end_descendants(timeout: float = 10) -> None:
+def _end_descendants(timeout: float = 10) -> None:
     """Kill every descendant of this process, again until none is left: one may have started another meanwhile."""
     deadline = time.monotonic() + timeout
     while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
@@ -445,7 +502,7 @@ def end_descendants(timeout: float = 10) -> None:
         psutil.wait_procs(children, timeout=0.5)
 
 
-def _end(running: Sequence[Child]) -> None:
+def _end(running: Sequence[_Child]) -> None:
     """End the notebooks at work, their kernels included."""
     for child in running:
         child.process.terminate()
@@ -513,7 +570,7 @@ def _check_needs(notebooks: Sequence[Notebook], selected: Sequence[Notebook], jo
         upstream.update(n.needs if n.name in names | upstream else ())
     for n in notebooks:
         if n.name in upstream - names and not _is_current(n, job):
-            say(f"note: the results of {n.name} were made with other parameters, code or data; without --only they are redone")
+            _say(f"note: the results of {n.name} were made with other parameters, code or data; without --only they are redone")
 
 
 def _verifies(folder: Path, name: str) -> bool:
@@ -530,9 +587,9 @@ def _is_current(notebook: Notebook, job: Job) -> bool:
         return False
 
 
-def _summary(selected: Sequence[Notebook], outcomes: Mapping[str, Outcome], folder: Path) -> str:
+def _summary(selected: Sequence[Notebook], outcomes: Mapping[str, _Outcome], folder: Path) -> str:
     """A line for each notebook, and where the report is."""
-    rows = [(n.name, outcomes.get(n.name, Outcome("not run"))) for n in selected]
+    rows = [(n.name, outcomes.get(n.name, _Outcome("not run"))) for n in selected]
     width = max(len(name) for name, _ in rows)
     lines = [
         f"{name:{width}}  {f'{outcome.seconds:8.1f} s' if outcome.seconds is not None else '':10}  {outcome.state}"
@@ -574,6 +631,10 @@ def reproduce(chosen: argparse.Namespace, job_of: str = "") -> int:
     """Check everything, then run or submit; the exit code. ValueError for what is refused before anything starts.
 
     job_of: the one notebook of `--only`, when jobs of other notebooks may be at work in the same folder.
+
+    >>> reproduce(_arguments(["digits", "--only", "zz"]))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: --only: found 'zz', expected numbers or names out of 00_setup, ...
     """
     root = record.checkout()
     notebooks = notebooks_of(chosen.profile, root)
@@ -596,23 +657,28 @@ def reproduce(chosen: argparse.Namespace, job_of: str = "") -> int:
             from cadetlib import slurm
 
             request = slurm.Request(chosen.slurm_partition, chosen.slurm_minutes, chosen.slurm_gpus, chosen.slurm_cpus)
-            slurm.submit(chosen.profile, selected, job, request, say)
+            slurm.submit(chosen.profile, selected, job, request, _say)
             return 0
-        outcomes = run_all(selected, job, slots)
-        say(_summary(selected, outcomes, folder))
+        outcomes = _run_all(selected, job, slots)
+        _say(_summary(selected, outcomes, folder))
         for outcome in outcomes.values():
             if outcome.failure:
-                say(f"\n{outcome.failure}")
+                _say(f"\n{outcome.failure}")
         if any(n.parameters.get("dry_run") for n in notebooks):
-            say("this was a dry run: no number of it is a result")
+            _say("this was a dry run: no number of it is a result")
         if all(is_done(folder, n.name) for n in selected):
             return 0
-    say(f"\nto go on from here, in {record.checkout()}: {_to_continue(chosen)}")
+    _say(f"\nto go on from here, in {record.checkout()}: {_to_continue(chosen)}")
     return 1
 
 
 def run_job(profile: str, name: str, output: str = "", force: bool = False) -> int:
-    """Run one notebook as `--only` does, but beside jobs of other notebooks in the same folder; the exit code."""
+    """Run one notebook as `--only` does, but beside jobs of other notebooks in the same folder; the exit code.
+
+    >>> run_job("no-such-profile", "00_setup")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: profile: found 'no-such-profile', expected one of ...
+    """
     options = ["--only", name, *(["--output", output] if output else []), *(["--force"] if force else [])]
     return reproduce(_arguments([profile, *options]), job_of=name)
 
@@ -627,7 +693,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr, flush=True)
         return 2
     except SystemExit:
-        say(f"\nended with all it started; to go on from here, in {record.checkout()}: {_to_continue(chosen)}")
+        _say(f"\nended with all it started; to go on from here, in {record.checkout()}: {_to_continue(chosen)}")
         raise
 
 

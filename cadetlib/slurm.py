@@ -88,6 +88,9 @@ def submit(
 
     A notebook is left out when it is done with its present key and nothing it needs was submitted; what is submitted decides
     again when its time has come.
+
+    >>> submit("digits", [], reproduce.Job(Path(), Path(), "", "", None), Request())
+    {}
     """
     ids: dict[str, str] = {}
     for notebook in selected:

@@ -54,14 +54,18 @@ def shares(n_images: int, batch_size: int, seed: int, first: int, last: int, ran
 
 
 def view_numbers(epoch: int, n_views: int) -> list[int]:
-    """The numbers of an epoch's views, one or two of each image: no view comes in two epochs."""
+    """The numbers of an epoch's views, one or two of each image: no view comes in two epochs.
+
+    >>> view_numbers(epoch=3, n_views=2)
+    [6, 7]
+    """
     return [2 * epoch + i for i in range(n_views)]
 
 
 # --- one image ----------------------------------------------------------------------------------------------------------
 
 
-def upright_size(opened: Image.Image) -> tuple[int, int]:
+def _upright_size(opened: Image.Image) -> tuple[int, int]:
     """Height and width of an image as it is to be looked at, from its file's header alone."""
     width, height = opened.size
     return (width, height) if opened.getexif().get(0x0112) in _SIDEWAYS else (height, width)
@@ -72,9 +76,15 @@ def read_crops(path: Path, boxes: Callable[[int, int], Tensor], size: int) -> Te
 
     boxes: (height, width) of the image -> (V, 4) top, left, height, width. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size
     when every crop still has `size` pixels then, which takes a fraction of the time. ValueError for a damaged file.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "red.png"
+    >>> Image.new("RGB", (40, 20), "red").save(file)
+    >>> read_crops(file, lambda height, width: torch.tensor([[0, 0, height, width]]), size=8)[0, :, 0, 0]
+    tensor([255,   0,   0], dtype=torch.uint8)
     """
     with data.opened_image(path) as opened:
-        height, width = upright_size(opened)
+        height, width = _upright_size(opened)
         found = boxes(height, width)
         smallest = int(found[:, 2:].amin())
         divisor = next((d for d in (8, 4, 2) if d * size <= smallest), 1)
@@ -100,7 +110,15 @@ def _crop(image: Image.Image, box: Iterable[float], size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Crops(Dataset[tuple[int, int, Tensor]]):
-    """(epoch, index) -> that image's index, label and crops (V, 3, S, S) uint8, as TrainViews draws them."""
+    """(epoch, index) -> that image's index, label and crops (V, 3, S, S) uint8, as TrainViews draws them.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> Image.new("RGB", (40, 20), "red").save(folder / "red.png")
+    >>> index, label, pixels = Crops(data.folder_set(folder), TrainViews(8), n_views=2)[0, 0]
+    >>> pixels.shape
+    torch.Size([2, 3, 8, 8])
+    """
 
     images: data.FolderSet
     views: TrainViews
@@ -141,11 +159,19 @@ def batches(
     """Crops (n, V, 3, S, S) float in [0, 1], labels (n,) and image numbers (n,) of the steps first .. last - 1, on `device`.
 
     `workers` processes decode, 0: as many as there are cores for this one. Each is two steps ahead.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for i in range(4):
+    ...     Image.new("RGB", (40, 20), (i, i, i)).save(folder / f"{i}.png")
+    >>> crops = Crops(data.folder_set(folder), TrainViews(8), n_views=2)
+    >>> [x.shape for x, _, _ in batches(crops, batch_size=2, seed=0, first=0, last=2, device=torch.device("cpu"), workers=1)]
+    [torch.Size([2, 2, 3, 8, 8]), torch.Size([2, 2, 3, 8, 8])]
     """
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if losses.is_distributed() else (0, 1)
     loader = _loader(
         crops,
-        workers or own_cores(),
+        workers or _own_cores(),
         batch_sampler=_Steps((len(crops.images), batch_size, seed), first, last, rank, world),
         pin_memory=device.type == "cuda",
     )
@@ -172,7 +198,7 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_SECONDS))  # SIGALRM ends it
 
 
-def own_cores() -> int:
+def _own_cores() -> int:
     """How many cores there are for this process, among those that torchrun started on this machine."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed.is_torchelastic_launched() else 1
     return max(1, len(os.sched_getaffinity(0)) // beside)
@@ -200,14 +226,14 @@ class _Errors(Dataset[str]):
         return ""
 
 
-def unreadable(images: data.FolderSet, workers: int = 0, say: Callable[[str], None] = print) -> dict[str, str]:
+def _unreadable(images: data.FolderSet, workers: int = 0, say: Callable[[str], None] = print) -> dict[str, str]:
     """File -> what is wrong with it, for all images that cannot be decoded. Each of several processes looks at its range."""
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if losses.is_distributed() else (0, 1)
     first, last = (len(images) * i // world for i in (rank, rank + 1))
     own, done = images[first:last], 0
     found: dict[str, str] = {}
     say(f"decoding {len(images)} image files once, to find what cannot be read")
-    for errors in _loader(_Errors(own), workers or own_cores(), batch_size=64, collate_fn=list):
+    for errors in _loader(_Errors(own), workers or _own_cores(), batch_size=64, collate_fn=list):
         found |= {os.fsdecode(own.files[done + i]): error for i, error in enumerate(errors) if error}
         if done * 10 // len(own) != (done := done + len(errors)) * 10 // len(own):
             say(f"  {done * 100 // len(own)} % of this process's files decoded, {len(found)} unreadable")
@@ -219,7 +245,14 @@ def unreadable(images: data.FolderSet, workers: int = 0, say: Callable[[str], No
 
 
 def digest(images: data.FolderSet) -> str:
-    """sha256 of the names of a set's files."""
+    """sha256 of the names of a set's files.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> Image.new("RGB", (4, 4)).save(folder / "a.png")
+    >>> digest(data.folder_set(folder)) == hashlib.sha256(b"a.png").hexdigest()
+    True
+    """
     return hashlib.sha256(b"\n".join(images.files.tolist())).hexdigest()
 
 
@@ -230,6 +263,13 @@ def readable(
 
     Looked for once: what is left out stands in RECORD of the run's folder, so that a run which goes on reads the same images.
     ValueError lists the unreadable files when there are more than allowed, and refuses other files than the run began with.
+
+    >>> import tempfile
+    >>> images, run = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    >>> Image.new("RGB", (4, 4)).save(images / "a.png")
+    >>> _ = (images / "b.png").write_text("no image")
+    >>> len(readable(data.folder_set(images), run, allow=1, workers=1, say=lambda line: None))
+    1
     """
     names, record = digest(images), _recorded(folder)
     every = [(names, record)]
@@ -244,7 +284,7 @@ def readable(
             f"{images.name}: found other files below {images.folder} than this run began with, expected the same: "
             "put them back, or choose another output folder"
         )
-    left_out: dict[str, str] = unreadable(images, workers, say) if record is None else record["left_out"]
+    left_out: dict[str, str] = _unreadable(images, workers, say) if record is None else record["left_out"]
     _refuse(images.name, left_out, allow, folder / RECORD if record else None)
     if record is None and (not losses.is_distributed() or distributed.get_rank() == 0):
         _write(folder / RECORD, dict(files=names, left_out=left_out))

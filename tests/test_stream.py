@@ -248,6 +248,15 @@ def test_unreadable_images_stop_the_run_by_name_unless_so_many_are_allowed(squar
         stream.readable(data.load("damaged")[1:], folder, allow=2)
 
 
+def test_fewer_readable_images_than_a_batch_are_refused(squares, run, monkeypatch, tmp_path):
+    """66 files are a batch, the 64 that can be read are none: it has to be said before an epoch of no steps is counted."""
+    damage(squares, monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="batch_size: found 66 with 64 readable images, expected at most one batch an epoch"):
+        run("run", stream=True, allow_unreadable=2, batch_size=N)
+    with pytest.raises(ValueError, match="batch_size: found 5 with 4 images, expected at most one batch an epoch"):
+        next(stream.shares(4, 5, seed=0, first=0, last=1))
+
+
 def test_a_file_that_breaks_later_is_named(squares, monkeypatch, tmp_path):
     names = damage(squares, monkeypatch, tmp_path)
     with pytest.raises(ValueError, match=f"({'|'.join(names)}): found no readable image"):
