@@ -17,6 +17,6 @@ def test_fit_and_score_need_as_much_memory_for_eight_times_the_images(tmp_path):
     peaks = {(row["what"], row["n"]): row["peak_mib"] for row in rows}
     print(memory.shown(rows))
     for what in ("score fit", "score score"):
-        assert peaks[what, 320] < peaks[what, 40] + 12, (
+        assert peaks[what, 320] < peaks[what, 40] + 20, (
             f"found a peak that grows with the number of images:\n{memory.shown(rows)}"
         )
