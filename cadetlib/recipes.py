@@ -12,17 +12,19 @@ from cadetlib import pretrain
 
 
 def changed(given: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """The parameters of notebook 01 with a recipe's changes, "name=value name=value"; an own run, which keeps no snapshots.
+    """The parameters of notebook 01 with a recipe's changes, "name: value, name: value"; a run of its own, without snapshots.
 
-    >>> changed({"width": 16, "blur": 0.5, "epochs": 240}, "width=8 epochs=40")
+    >>> changed({"width": 16, "blur": 0.5, "epochs": 240}, "width: 8, epochs: 40")
     {'width': 8, 'blur': 0.5, 'epochs': 40, 'snapshots': []}
     """
-    pairs = [change.partition("=") for change in recipe.split()]
-    if not pairs or any(name not in given or not text for name, _, text in pairs):
-        raise ValueError(
-            f"recipe: found {recipe!r}, expected 'name=value ...' with names of parameters such as {list(given)[:6]}"
-        )
-    return {**given, **{name: yaml.safe_load(text) for name, _, text in pairs}, "snapshots": []}
+    try:
+        changes = yaml.safe_load(f"{{{recipe}}}")
+    except yaml.YAMLError:
+        changes = {}
+    if not changes or any(name not in given or value is None for name, value in changes.items()):
+        known = ", ".join(list(given)[:6])
+        raise ValueError(f"recipe: found {recipe!r}, expected 'name: value, ...' with names of parameters such as {known}")
+    return {**given, **changes, "snapshots": []}
 
 
 def obtain(given: Mapping[str, Any], recipes: Sequence[str], train: bool) -> tuple[dict[str, Path], list[str]]:
@@ -30,8 +32,8 @@ def obtain(given: Mapping[str, Any], recipes: Sequence[str], train: bool) -> tup
 
     given: the parameters of notebook 01; all recipes are looked at before the first is trained.
 
-    >>> obtain({"profile": "digits", "width": 16}, ["width=4"], train=False)
-    ({}, ['width=4'])
+    >>> obtain({"profile": "digits", "width": 16}, ["width: 4"], train=False)
+    ({}, ['width: 4'])
     """
     for_each = {recipe: changed(given, recipe) for recipe in recipes}
     folders = {recipe: pretrain.run_folder(pretrain.settings_from(its)) for recipe, its in for_each.items()}
