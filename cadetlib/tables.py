@@ -459,6 +459,24 @@ def table_5_layout(columns: Mapping[str, Row]) -> Layout:
     return layout._replace(groups=[("", [form.replace("gamma_m", "γ m") for form in forms])])
 
 
+def precision_layout(rows: Sequence[Row]) -> Layout:
+    """`precision` for the report.
+
+    >>> row = dict(dtype="bfloat16", m_in_mean=0.006, m_in_largest=0.025, m_out_mean=0.002, m_out_largest=0.015, forward_ms=6.3)
+    >>> layout = precision_layout([row | dict(score_mean=0.01, score_largest=0.03, rank=0.99983, p_value_largest=0.0196)])
+    >>> layout.lines[0].label, layout.lines[0].cells[0].text
+    ('bfloat16', '0.006')
+    """
+    change = {
+        (row["dtype"], name): Cell(f"{row[f'{name}_mean']:.2g}", f"largest {row[f'{name}_largest']:.2g}")
+        for row in rows
+        for name in ("m_in", "m_out", "score")
+    }
+    frame = precision(rows)
+    others = {(dtype, column): Cell(frame.loc[dtype, column]) for dtype in frame.index for column in frame.columns[6:]}
+    return beside("Change against float32", frame.index.name, {"in standard deviations over images": change, "of all": others})
+
+
 def sweep_layout(rows: Sequence[Row], column: str, heading: str) -> Layout:
     """AUROC (%) of each anomaly over the values of one setting.
 
