@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -20,9 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from cadetlib import detectors, embed, encoders, mmd, plots, pretrain, record
+from cadetlib import detectors, embed, encoders, explored, mmd, plots, pretrain, record, widgets
 from cadetlib.cadet import CADet, view_similarities
 from cadetlib.views import TrainViews
 
@@ -181,6 +183,24 @@ def post_hoc(n_train: int = 50_000, n_test: int = 10_000, dim: int = 512, n_clas
     return [dict(what=what, against="the minute it may take", ours=took, other=60.0, wanted="less than a minute")]
 
 
+def slider(n: int = 10_000, n_calibration: int = 2000) -> list[Row]:
+    """(f) A move of the threshold explorer's slider, in the kernel, against the 150 ms that it may take."""
+    rng = np.random.default_rng(0)
+
+    def scored(name: str, kind: str, shift: float) -> Row:
+        values = rng.normal(shift, size=n)
+        return dict(name=name, kind=kind, scores=np.sort(values), images=np.argsort(values))
+
+    detector = dict(name="CADet", fingerprint="", ties="paper", calibration_scores=np.sort(rng.normal(size=n_calibration)))
+    row = explored.curves(detector | dict(sets=[scored("test", "in", 0), scored("unseen", "out", -1)]))
+    pictures = {curve["name"]: rng.integers(256, size=(n, 3, 32, 32), dtype=np.uint8) for curve in row["curves"]}
+    explorer = widgets.ThresholdExplorer([row], pictures, 0.05, 0.1, "unused.json")
+    moves = itertools.cycle(np.geomspace(0.001, 0.9, 40))
+    (ours,) = medians(lambda: setattr(explorer.slider, "value", next(moves)), repeats=40)
+    what = f"a move of the explorer's slider, {n} images a set"
+    return [dict(what=what, against="the 150 ms it may take", ours=ours, other=0.15, wanted="less than that")]
+
+
 def table(rows: list[Row]) -> str:
     """The rows as text: milliseconds of ours and of the other, and how many times as fast ours is."""
     lines = [f"{'ours':>10} {'other':>12} {'speed':>9}   what, against what (what is wanted)"]
@@ -196,7 +216,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.output_folder("bench"))
     folder = parser.parse_args().out
     rows = []
-    for measure in (permutation_test, similarities, scoring, training, post_hoc):
+    for measure in (permutation_test, similarities, scoring, training, post_hoc, slider):
         rows += measure()
         print(".", end="", flush=True)
     print("\n" + table(rows))
