@@ -3,4 +3,4 @@
 Each module is one idea; `cadetlib.cadet.CADet` is the detector, `cadetlib.mmd` the two-sample tests.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
