@@ -188,7 +188,7 @@ def precision(rows: Sequence[Row]) -> pd.DataFrame:
         {f"{name}: {which}": f"{row[f'{name}_{which}']:.2g}" for name in names for which in ("mean", "largest")}
         | {
             "rank": f"{row['rank']:.5f}",
-            "p-value: largest": f"{row['p_value_largest']:.2g}",
+            "p-value: largest change": f"{row['p_value_largest']:.2g}",
             "ms / view": f"{row['forward_ms']:.3g}",
         }
         for row in rows
@@ -474,7 +474,7 @@ def precision_layout(rows: Sequence[Row]) -> Layout:
     }
     frame = precision(rows)
     others = {(dtype, column): Cell(frame.loc[dtype, column]) for dtype in frame.index for column in frame.columns[6:]}
-    return beside("Change against float32", frame.index.name, {"in standard deviations over images": change, "of all": others})
+    return beside("Change against float32", frame.index.name, {"in standard deviations over images": change, "ranks and cost": others})
 
 
 def sweep_layout(rows: Sequence[Row], column: str, heading: str) -> Layout:
