@@ -32,13 +32,15 @@ import torch
 from cadetlib import checks, data, encoders, record, score, thresholds
 from cadetlib.cadet import CADet
 
-try:  # an optional extra: its lack is said by `main`, not to whoever imports the package
+_LACK = ""
+try:  # an optional extra: its lack is said to those who score, not to whoever imports the package
     import pyarrow as pa
     import ray
     import ray.data
     from pyarrow import dataset, fs, parquet
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
     pa = ray = None  # type: ignore[assignment]
+    _LACK = f"found no module {error.name}, expected those of `pip install -r requirements-ray.txt`, here and on every machine"
 
 SETTINGS = "_settings.json"  # readers of Parquet folders pass over names with an underscore
 _THREADS = 8  # that read in one task: an object store answers slowly and many at once
@@ -46,10 +48,18 @@ _MAX_RETRIES = 10  # of a task whose object store says that it is overloaded, or
 _BLOCKS_PER_ACTOR = 4  # at least, so that no actor waits long for the last one
 
 
+def _check_out(out: str) -> None:
+    """`out` may be a folder, and what reads and writes it is installed."""
+    if out.endswith(".csv"):
+        raise ValueError(f"{out}: found the name of a table, expected a folder of Parquet files; tables are cadetlib.score's")
+    if _LACK:
+        raise ModuleNotFoundError(_LACK)
+
+
 # --- files, wherever they are -------------------------------------------------------------------------------------------
 
 
-def place(uri: str) -> tuple[Any, str]:
+def _place(uri: str) -> tuple[Any, str]:
     """The pyarrow file system of a folder and the folder's path there: s3://, gs://, abfs://, hdfs:// or a local path."""
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).resolve())
@@ -57,12 +67,12 @@ def place(uri: str) -> tuple[Any, str]:
     return filesystem, path.rstrip("/")
 
 
-def listed(uri: str) -> list[str]:
+def _listed(uri: str) -> list[str]:
     """Paths, from the folder on, of all images below it, in a fixed order; FileNotFoundError when there is none.
 
     ValueError for a name that is not UTF-8, which Parquet's text could not hold.
     """
-    filesystem, folder = place(uri)
+    filesystem, folder = _place(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         paths = list(data.images_below(folder))  # follows links to folders, and lists links that lead nowhere
     else:
@@ -90,10 +100,10 @@ class _Named(io.BytesIO):
         return self._name
 
 
-def decoded(content: bytes, path: str, size: int) -> score.Decoded:
+def _decoded(content: bytes, path: str, size: int) -> score.Decoded:
     """`score.decode` of a file's bytes, with the same image and the same error.
 
-    >>> decoded(b"PNG", "cut.png", size=32).error
+    >>> _decoded(b"PNG", "cut.png", size=32).error
     "found no readable image (cannot identify image file 'cut.png'), expected a whole image file; replace or remove it"
     """
     try:
@@ -111,15 +121,15 @@ def _read(filesystem: Any, folder: str, path: str, size: int) -> score.Decoded:
         if any(sign in str(error) for sign in ray.data.DataContext.get_current().retried_io_errors):
             raise
         return score.Decoded(path, None, f"could not be read ({error})")
-    return decoded(content, path, size)
+    return _decoded(content, path, size)
 
 
 # --- the stages ---------------------------------------------------------------------------------------------------------
 
 
-def decode(batch: dict[str, np.ndarray], images: str, size: int) -> dict[str, np.ndarray]:
+def _decode(batch: dict[str, np.ndarray], images: str, size: int) -> dict[str, np.ndarray]:
     """Stage 1, on CPU workers: `path` (N,) -> with `image` (N, 3, size, size) uint8, black where there is an `error` (N,)."""
-    filesystem, folder = place(images)
+    filesystem, folder = _place(images)
     with ThreadPoolExecutor(_THREADS) as pool:
         items = list(pool.map(lambda path: _read(filesystem, folder, path, size), batch["path"]))
     black = np.zeros((3, size, size), np.uint8)
@@ -127,7 +137,7 @@ def decode(batch: dict[str, np.ndarray], images: str, size: int) -> dict[str, np
     return {"path": batch["path"], "image": pixels, "error": np.array([item.error for item in items], dtype=object)}
 
 
-class Scorer:
+class _Scorer:
     """Stage 2, an actor: holds the detector and turns decoded images into rows."""
 
     def __init__(self, detector: Any, threshold: float, device: str) -> None:
@@ -138,10 +148,10 @@ class Scorer:
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:
         columns = batch["path"], torch.from_numpy(batch["image"].copy()), batch["error"]
         chunk = [score.Decoded(path, None if error else image, error) for path, image, error in zip(*columns, strict=True)]
-        return table_of(score.rows_of_chunk(self.detector, chunk, self.threshold))
+        return _table_of(score.rows_of_chunk(self.detector, chunk, self.threshold))
 
 
-def table_of(rows: Sequence[Sequence[str]]) -> Any:
+def _table_of(rows: Sequence[Sequence[str]]) -> Any:
     """Lines of `score.rows_of_chunk` as a pyarrow table: numbers as float64, `flagged` as bool, null for what is empty."""
     columns = dict(zip(score.COLUMNS, ([field or None for field in fields] for fields in zip(*rows, strict=True)), strict=True))
     numbers = {name: [v and float(v) for v in columns[name]] for name in ("score", "m_in", "m_out", "p_value")}
@@ -150,19 +160,19 @@ def table_of(rows: Sequence[Sequence[str]]) -> Any:
     return pa.table(columns | numbers | {"flagged": flagged}, schema=pa.schema(types))
 
 
-def images_per_block(n_images: int, n_actors: int, step: int, most: int = 512) -> int:
+def _images_per_block(n_images: int, n_actors: int, step: int, most: int = 512) -> int:
     """How many images one task reads and one Parquet file holds, about `most`: whole forward passes of `step` images.
 
     Few images are spread over all actors.
 
-    >>> images_per_block(1_000_000, 8, step=20), images_per_block(1000, 8, step=20)
+    >>> _images_per_block(1_000_000, 8, step=20), _images_per_block(1000, 8, step=20)
     (520, 40)
     """
     wanted = min(most, math.ceil(n_images / (_BLOCKS_PER_ACTOR * n_actors)))
     return step * math.ceil(wanted / step)
 
 
-def run(
+def _run(
     paths: Sequence[str], images: str, out: str, detector: CADet, threshold: float, actors: int, gpus: float, most: int
 ) -> None:
     """Score the images and add their rows to the folder `out`; every file of it is whole or, after a crash, has no end.
@@ -171,11 +181,11 @@ def run(
     Ray Data begins lost actors again, and their tasks, without being asked to. Paths go in rather than `read_binary_files`,
     which ends a run at the first file that cannot be opened and passes over names with an underscore.
     """
-    block = images_per_block(len(paths), actors, score._images_per_step(detector), most)
+    block = _images_per_block(len(paths), actors, score._images_per_step(detector), most)
     table = pa.table({"path": pa.array(paths, pa.string())})
-    filesystem, folder = place(out)
+    filesystem, folder = _place(out)
     rows = ray.data.from_arrow([table.slice(start, block) for start in range(0, len(paths), block)]).map_batches(
-        decode,  # type: ignore[arg-type]
+        _decode,  # type: ignore[arg-type]
         batch_size=None,
         batch_format="numpy",
         fn_kwargs={"images": images, "size": detector.image_size},
@@ -183,7 +193,7 @@ def run(
         max_retries=_MAX_RETRIES,
     )
     rows = rows.map_batches(
-        Scorer,
+        _Scorer,
         batch_size=min(block, score._images_per_chunk(detector)),
         batch_format="numpy",
         fn_constructor_args=(ray.put(detector), threshold, "cuda" if gpus else "cpu"),
@@ -197,16 +207,16 @@ def run(
 # --- what is written ----------------------------------------------------------------------------------------------------
 
 
-def settings_of(detector: CADet, images: str, threshold: float) -> dict[str, Any]:
+def _settings_of(detector: CADet, images: str, threshold: float) -> dict[str, Any]:
     """What the rows of one folder have in common."""
-    filesystem, folder = place(images)
+    filesystem, folder = _place(images)
     where = hashlib.sha256(os.fsencode(f"{filesystem.type_name}://{folder}")).hexdigest()
     return score.Settings(detector.fingerprint(), threshold, where).stated()
 
 
-def claim(out: str, settings: dict[str, Any]) -> None:
+def _claim(out: str, settings: dict[str, Any]) -> None:
     """Record the settings in the folder; ValueError when it holds rows of other settings, or Parquet files of something else."""
-    filesystem, folder = place(out)
+    filesystem, folder = _place(out)
     file = f"{folder}/{SETTINGS}"
     if filesystem.get_file_info(file).type is fs.FileType.NotFound:
         if _parquet_files(out):
@@ -232,14 +242,14 @@ def _write(filesystem: Any, file: str, text: str) -> None:
 
 
 def _parquet_files(out: str) -> list[str]:
-    filesystem, folder = place(out)
+    filesystem, folder = _place(out)
     found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     return sorted(info.path for info in found if info.path.endswith(".parquet"))
 
 
-def written(out: str) -> list[str]:
+def _written(out: str) -> list[str]:
     """The paths of all rows in a folder. A Parquet file that was cut short, as a crash leaves it on a disk, is removed."""
-    filesystem, _ = place(out)
+    filesystem, _ = _place(out)
 
     def paths_in(file: str) -> list[str]:
         try:
@@ -253,9 +263,9 @@ def written(out: str) -> list[str]:
         return [path for paths in pool.map(paths_in, _parquet_files(out)) for path in paths]
 
 
-def check_rows(out: str, paths: Sequence[str]) -> None:
+def _check_rows(out: str, paths: Sequence[str]) -> None:
     """Every image has its row, and one only; ValueError when not."""
-    found = written(out)
+    found = _written(out)
     lacking, twice = set(paths).difference(found), len(found) - len(set(found))
     if lacking:
         raise ValueError(f"{out}: found no row of {len(lacking)} images, such as {min(lacking)}; run the same command again")
@@ -267,9 +277,20 @@ def check_rows(out: str, paths: Sequence[str]) -> None:
 
 
 def summary(out: str) -> score.Summary:
-    """Counts over the rows in a folder, and its first failures."""
-    filesystem, _ = place(out)
-    rows = dataset.dataset(_parquet_files(out), filesystem=filesystem)
+    """Counts over the rows in the folder `out`, and its first failures.
+
+    FileNotFoundError for a folder without rows, ModuleNotFoundError without Ray Data.
+
+    >>> summary("p_values.csv")
+    Traceback (most recent call last):
+    ValueError: p_values.csv: found the name of a table, expected a folder of Parquet files; tables are cadetlib.score's
+    """
+    _check_out(out)
+    filesystem, _ = _place(out)
+    files = _parquet_files(out)
+    if not files:
+        raise FileNotFoundError(f"{out}: found no Parquet file, expected those that `score_images` writes")
+    rows = dataset.dataset(files, filesystem=filesystem)
     failed = dataset.field("error").is_valid()
     first = rows.to_table(columns=["path", "error"], filter=failed).sort_by("path").slice(0, 10).to_pylist()
     flagged = dataset.field("flagged")
@@ -285,25 +306,34 @@ def score_images(
     """Write the p-value of every image below `images` that has no row in `out` yet -> what `out` then holds.
 
     images, out: folders, local or as URI; actors: that score, with `gpus` each; most: images in a task and a Parquet file.
-    Ray is used as it is connected. ValueError for a folder of other settings; Ray's errors when it gives up.
+    Ray is used as it is connected. ValueError for a folder of other settings, ModuleNotFoundError without Ray Data; Ray's errors
+    when it gives up.
+
+    >>> detector = CADet(torch.nn.Flatten(), n_views=4, image_size=8)
+    >>> score_images(detector, "s3://bucket/incoming", "s3://bucket/p_values", threshold=0.05, actors=0)
+    Traceback (most recent call last):
+    ValueError: actors: found 0, expected a whole number of at least 1
     """
-    claim(out, settings_of(detector, images, threshold))
-    paths = listed(images)
-    done = set(written(out))
+    checks.at_least(actors, "actors", 1)
+    checks.at_least(most, "most", 1)
+    _check_out(out)
+    _claim(out, _settings_of(detector, images, threshold))
+    paths = _listed(images)
+    done = set(_written(out))
     lacking = [path for path in paths if path not in done]
     score._say(f"{len(paths)} images, {len(paths) - len(lacking)} done")
     if lacking:
-        run(lacking, images, out, detector, threshold, actors, gpus, most)
-    check_rows(out, paths)
+        _run(lacking, images, out, detector, threshold, actors, gpus, most)
+    _check_rows(out, paths)
     return summary(out)
 
 
-def workers(actors: int, gpus: float | None, resources: dict[str, float]) -> tuple[int, float]:
+def _workers(actors: int, gpus: float | None, resources: dict[str, float]) -> tuple[int, float]:
     """How many actors there are, and GPUs for each, on a cluster with `resources`; 0 and None are decided by what is there.
 
     Without a GPU half of the CPUs score and half read. ValueError when no CPU would be left to read images: Ray would wait.
 
-    >>> workers(0, None, {"CPU": 64, "GPU": 8}), workers(0, None, {"CPU": 16}), workers(16, 0.5, {"CPU": 64, "GPU": 8})
+    >>> _workers(0, None, {"CPU": 64, "GPU": 8}), _workers(0, None, {"CPU": 16}), _workers(16, 0.5, {"CPU": 64, "GPU": 8})
     ((8, 1), (8, 0), (16, 0.5))
     """
     cpus, found = int(resources.get("CPU", 0)), resources.get("GPU", 0)
@@ -319,7 +349,7 @@ def _score(options: argparse.Namespace) -> int:
     detector = CADet.load(options.detector, score._placed(encoder, "cpu"), options.batch_size)
     threshold = score._threshold(options, detector)
     ray.init(address=options.address or None, ignore_reinit_error=True, logging_level=logging.WARNING)
-    actors, gpus = workers(options.actors, options.gpus_per_actor, ray.cluster_resources())
+    actors, gpus = _workers(options.actors, options.gpus_per_actor, ray.cluster_resources())
     found = score_images(detector, options.images, options.out, threshold, actors, gpus, options.images_per_file)
     promised = thresholds.promised(len(detector.calibration_scores_), threshold)
     score._say(
@@ -350,12 +380,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of this module -> its exit code."""
     options = _parser().parse_args(arguments)
-    if ray is None:
-        score._say("error: found no Ray Data, expected `pip install -r requirements-ray.txt`, here and on every machine")
+    if _LACK:
+        score._say(f"error: {_LACK}")
         return 1
     try:
         checks.at_least(options.actors, "actors", 0)
         checks.at_least(options.images_per_file, "images-per-file", 1)
+        _check_out(options.out)
         return _score(options)
     except (ValueError, OSError, ray.exceptions.RayError) as error:
         score._say(f"error: {error}")

@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import re
+import runpy
+import signal
+import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -12,15 +15,14 @@ import pytest
 import torch
 from test_score import FORMATS, fill
 
+import cadetlib
 from cadetlib import encoders, ray_score, score
 from cadetlib.cadet import CADet
 
-ray = pytest.importorskip("ray", reason="needs Ray Data: pip install -r requirements-ray.txt")
-pa = pytest.importorskip("pyarrow")
-fs = pytest.importorskip("pyarrow.fs")
-parquet = pytest.importorskip("pyarrow.parquet")
+needs_ray = pytest.mark.skipif(ray_score.ray is None, reason="needs Ray Data: pip install -r requirements-ray.txt")
 
 N_MORE = 40
+LIMIT = 300  # seconds that the test on a cluster may take; on two free cores it takes less than a minute
 DAMAGED = {"broken.png", "deep/empty.jpg", "gone.png"}
 
 
@@ -56,7 +58,7 @@ def single_process(home):
 
 
 def rows_of(out):
-    return [row for file in sorted(Path(out).glob("*.parquet")) for row in parquet.read_table(file).to_pylist()]
+    return [row for file in sorted(Path(out).glob("*.parquet")) for row in ray_score.parquet.read_table(file).to_pylist()]
 
 
 def run(home, out, *more):
@@ -68,7 +70,21 @@ def run(home, out, *more):
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
+def limit():
+    """A cluster that hangs fails its test, and once more for each minute that its shutdown hangs."""
+
+    def fail(*_):
+        pytest.fail(f"the cluster was not done in {LIMIT} seconds")  # no Exception, which the command line would report
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT, 60)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def cluster(tmp_path_factory, limit):
     """Three nodes of one CPU each, in processes of this machine."""
     from ray.cluster_utils import Cluster
 
@@ -76,18 +92,20 @@ def cluster(tmp_path_factory):
     light = tmp_path_factory.mktemp("light")
     (light / "rfc3987_syntax.py").write_text("raise ImportError('left out by a test')")
     node = dict(num_cpus=1, object_store_memory=100 * 2**20)
+    # A killed node is missed after 5 checks that find no one there, of 3 seconds each; and Ray gives its workers the lowest
+    # priority but four, at which their imports take minutes on a busy machine.
+    config = dict(health_check_period_ms=500, worker_niceness=0)
+    head = dict(include_dashboard=False, no_monitor=True, include_log_monitor=False, _system_config=config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(light), prepend=os.pathsep)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(
-            initialize_head=True, head_node_args=dict(include_dashboard=False, no_monitor=True, include_log_monitor=False, **node)
-        )
+        cluster = Cluster(initialize_head=True, head_node_args=head | node)
         try:
             for _ in range(2):
                 cluster.add_node(**node)
             yield cluster
         finally:
-            ray.shutdown()
+            ray_score.ray.shutdown()
             cluster.shutdown()
 
 
@@ -100,20 +118,25 @@ def node_of_actor(cluster):
     return next(iter(cluster.worker_nodes))
 
 
-def kill_in_the_middle(cluster, out, seen):
+def kill_in_the_middle(cluster, out, seen, ended):
     while not ray_score._parquet_files(str(out)):
-        time.sleep(0.01)
+        if ended.wait(0.01):
+            return
     cluster.remove_node(node_of_actor(cluster), allow_graceful=False)
     seen.append(len(ray_score._parquet_files(str(out))))
 
 
+@needs_ray
 def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cluster, capfd):
-    out, seen, expected = tmp_path / "out", [], single_process(home)
+    out, seen, ended, expected = tmp_path / "out", [], threading.Event(), single_process(home)
     options = ["--alpha", 0.2, "--actors", 1, "--images-per-file", 4, "--address", cluster.address]
-    killer = threading.Thread(target=kill_in_the_middle, args=(cluster, out, seen), daemon=True)
+    killer = threading.Thread(target=kill_in_the_middle, args=(cluster, out, seen, ended))
     killer.start()
-    assert run(home, out, *options) == score.SOME_FAILED
-    killer.join()
+    try:
+        assert run(home, out, *options) == score.SOME_FAILED
+    finally:
+        ended.set()
+        killer.join()
     files = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert 1 <= seen[0] < len(files), "the node was not killed in the middle"
 
@@ -138,20 +161,21 @@ def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cl
 
 
 def local_run(paths, images, out, detector, threshold, *_):
-    """What `ray_score.run` does, in this process, into a file of its own."""
+    """What `ray_score._run` does, in this process, into a file of its own."""
     chunk = [score.decode(images, path, detector.image_size) for path in paths]
-    table = ray_score.table_of(score.rows_of_chunk(detector, chunk, threshold))
-    parquet.write_table(table, Path(out) / f"{len(list(Path(out).glob('*.parquet')))}.parquet")
+    table = ray_score._table_of(score.rows_of_chunk(detector, chunk, threshold))
+    ray_score.parquet.write_table(table, Path(out) / f"{len(list(Path(out).glob('*.parquet')))}.parquet")
 
 
+@needs_ray
 def test_a_folder_is_gone_on_with_and_files_cut_short_do_not_count(home, detector, tmp_path, monkeypatch):
     out, asked = tmp_path / "out", []
-    monkeypatch.setattr(ray_score, "run", lambda paths, *rest: (asked.append(list(paths)), local_run(paths, *rest)))
-    paths = ray_score.listed(str(home / "images"))
+    monkeypatch.setattr(ray_score, "_run", lambda paths, *rest: (asked.append(list(paths)), local_run(paths, *rest)))
+    paths = ray_score._listed(str(home / "images"))
     assert paths == list(score.images_below(home / "images")) and len(paths) == len(single_process(home))
-    monkeypatch.setattr(ray_score, "listed", lambda _: paths[:30])
+    monkeypatch.setattr(ray_score, "_listed", lambda _: paths[:30])
     ray_score.score_images(detector, str(home / "images"), str(out), 0.2)
-    monkeypatch.setattr(ray_score, "listed", lambda _: paths)
+    monkeypatch.setattr(ray_score, "_listed", lambda _: paths)
     whole = (out / "0.parquet").read_bytes()
     for size in (0, 7, len(whole) - 1):
         (out / f"cut{size}.parquet").write_bytes(whole[:size])
@@ -161,17 +185,18 @@ def test_a_folder_is_gone_on_with_and_files_cut_short_do_not_count(home, detecto
     assert (found.n, found.failed, {row["path"] for row in found.first_failed}) == (len(paths), 3, DAMAGED)
     (out / "again.parquet").write_bytes(whole)
     with pytest.raises(ValueError, match="found 30 rows more than images"):
-        ray_score.check_rows(str(out), paths)
+        ray_score._check_rows(str(out), paths)
     for file in ("again.parquet", "0.parquet"):
         (out / file).unlink()
     with pytest.raises(ValueError, match="found no row of 30 images"):
-        ray_score.check_rows(str(out), paths)
+        ray_score._check_rows(str(out), paths)
 
 
+@needs_ray
 def test_rows_of_other_settings_are_refused(home, detector, tmp_path, capfd):
     out, images = str(tmp_path / "out"), str(home / "images")
-    ray_score.claim(out, ray_score.settings_of(detector, images, 0.2))
-    ray_score.claim(out, ray_score.settings_of(detector, f"{images}/more/..", 0.2))  # the same again
+    ray_score._claim(out, ray_score._settings_of(detector, images, 0.2))
+    ray_score._claim(out, ray_score._settings_of(detector, f"{images}/more/..", 0.2))  # the same again
     other = CADet(detector.encoder, **detector.settings() | {"seed": 6})
     other.mu_, other.gamma_, other.calibration_scores_ = detector.mu_, detector.gamma_, detector.calibration_scores_
     for kind, settings in {
@@ -180,24 +205,28 @@ def test_rows_of_other_settings_are_refused(home, detector, tmp_path, capfd):
         "folder": (detector, str(home), 0.2),
     }.items():
         with pytest.raises(ValueError, match=f"found rows of another {kind}, expected"):
-            ray_score.claim(out, ray_score.settings_of(*settings))
+            ray_score._claim(out, ray_score._settings_of(*settings))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "mine.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="Parquet files without"):
-        ray_score.claim(str(tmp_path / "foreign"), ray_score.settings_of(detector, images, 0.2))
+        ray_score._claim(str(tmp_path / "foreign"), ray_score._settings_of(detector, images, 0.2))
+    assert run(home, tmp_path / "p_values.csv") == 1 and "p_values.csv: found the name of a table" in capfd.readouterr().err
+    with pytest.raises(FileNotFoundError, match="found no Parquet file"):
+        ray_score.summary(out)
     assert run(home, out, "--alpha", 0.01) == 1 and "at least 99 calibration images" in capfd.readouterr().err
     with pytest.raises(ValueError, match="found 2 actors on 2 CPUs"):
-        ray_score.workers(2, None, {"CPU": 2.0})
+        ray_score._workers(2, None, {"CPU": 2.0})
 
 
+@needs_ray
 def test_an_object_store_gives_the_same_images_and_errors(home, tmp_path, monkeypatch):
     """Through a file system that pyarrow does not know to be the local one, as s3:// would be."""
     images, size = home / "images", 16
-    store = fs.SubTreeFileSystem(str(home), fs.LocalFileSystem())
-    monkeypatch.setattr(ray_score, "place", lambda uri: (store, uri))
-    paths = ray_score.listed("images")
+    store = ray_score.fs.SubTreeFileSystem(str(home), ray_score.fs.LocalFileSystem())
+    monkeypatch.setattr(ray_score, "_place", lambda uri: (store, uri))
+    paths = ray_score._listed("images")
     assert sorted(paths) == sorted({*score.images_below(images)} - {"gone.png"}), "a link that leads nowhere is no object"
-    batch = ray_score.decode({"path": [*paths, "gone.png"]}, "images", size)
+    batch = ray_score._decode({"path": [*paths, "gone.png"]}, "images", size)
     for path, image, error in zip(*batch.values(), strict=True):
         single = score.decode(images, path, size)
         assert bool(error) == (path in DAMAGED)
@@ -205,11 +234,12 @@ def test_an_object_store_gives_the_same_images_and_errors(home, tmp_path, monkey
             assert (image == single.image.numpy()).all(), path
         elif path != "gone.png":
             assert error == single.error
-    ray_score.claim("images", {"threshold": 0.2})
+    ray_score._claim("images", {"threshold": 0.2})
     assert json.loads((images / ray_score.SETTINGS).read_text()) == {"threshold": 0.2}
     (images / ray_score.SETTINGS).unlink()
 
 
+@needs_ray
 def test_what_is_worth_a_second_try_is_left_to_ray():
     class Store:
         def __init__(self, message):
@@ -221,3 +251,26 @@ def test_what_is_worth_a_second_try_is_left_to_ray():
     assert "ACCESS_DENIED" in ray_score._read(Store("AWS Error ACCESS_DENIED"), "bucket", "a.png", 16).error
     with pytest.raises(OSError, match="SLOW_DOWN"):
         ray_score._read(Store("AWS Error SLOW_DOWN during GetObject"), "bucket", "a.png", 16)
+
+
+@pytest.mark.parametrize("lacking", ["ray", "pyarrow"])
+def test_without_ray_the_module_tells_its_help_and_what_to_install(lacking, detector, monkeypatch, capsys):
+    """The program itself, imported again where one of what it needs is not installed."""
+    monkeypatch.setitem(sys.modules, lacking, None)  # as if it were not there
+    monkeypatch.delitem(sys.modules, "cadetlib.ray_score")
+    monkeypatch.delattr(cadetlib, "ray_score")
+    told = "found no module (ray|pyarrow), expected those of `pip install -r requirements-ray.txt`"
+
+    def program(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ray_score", *arguments])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(ray_score.__file__, run_name="__main__")
+        return left.value.code, capsys.readouterr()
+
+    code, said = program("--help")
+    assert code == 0 and "--images-per-file" in said.out
+    code, said = program("--detector", "d.safetensors", "--images", "in", "--out", "out")
+    assert code == 1 and re.search(told, said.err)
+    for call in (lambda: cadetlib.ray_score.summary("out"), lambda: cadetlib.ray_score.score_images(detector, "in", "out", 0.05)):
+        with pytest.raises(ModuleNotFoundError, match=told):
+            call()
