@@ -211,6 +211,7 @@ def test_rows_of_other_settings_are_refused(home, detector, tmp_path, capfd):
     with pytest.raises(ValueError, match="Parquet files without"):
         ray_score._claim(str(tmp_path / "foreign"), ray_score._settings_of(detector, images, 0.2))
     assert run(home, tmp_path / "p_values.csv") == 1 and "p_values.csv: found the name of a table" in capfd.readouterr().err
+    assert not ray_score.ray.is_initialized(), "a cluster was started before the options were looked at"
     with pytest.raises(FileNotFoundError, match="found no Parquet file"):
         ray_score.summary(out)
     assert run(home, out, "--alpha", 0.01) == 1 and "at least 99 calibration images" in capfd.readouterr().err
