@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_report import PROFILE, drawn, folder, root  # noqa: F401 - fixtures
 
 from cadetlib import claims, data, experiments, pretrain, record, report, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "imagenet-dry-run"
-KEPT = ROOT / "outputs" / "reference" / "digits"
 VERDICTS = (claims.CONFIRMED, claims.IN_PART, claims.NOT, claims.UNDECIDED, claims.UNTESTED)
 
 # In what a notebook of the dry run may differ from that of the profile that it tries: how much of it, and of which images.
@@ -59,16 +59,15 @@ def largest(value):
     return max(value) if isinstance(value, list) else value or math.inf
 
 
-def test_a_dry_run_says_so_on_its_page_and_gives_no_verdict(monkeypatch):
-    """The kept digits as if they had been a dry run: the same numbers, and no verdict on them."""
+def test_a_dry_run_says_so_on_its_page_and_gives_no_verdict(folder, monkeypatch):  # noqa: F811 - a fixture
+    """The results of the report's own tests as if they had been a dry run: the same numbers, and no verdict on them."""
     load = report._loaded
-    monkeypatch.setattr(report, "_figure", lambda *about: report.Figure("data:image/png;base64,", "none", 1, 1))
 
-    def pages(**changed):
+    def page(**changed):
         monkeypatch.setattr(report, "_loaded", lambda *about: marked(load(*about), changed))
-        return report._template().render(report.gather(KEPT, "digits"))
+        return report.write(folder, PROFILE).read_text()
 
-    usual, dry = pages(), pages(dry_run=True)
+    usual, dry = page(), page(dry_run=True)
     assert report.DRY_RUN not in usual and any(f"</span> {verdict}</span>" in usual for verdict in VERDICTS)
     assert dry.count(report.DRY_RUN) == 1 and dry.index(report.DRY_RUN) < dry.index("<header>")
     assert re.search(r"\.dry-run \{ position: sticky; top: 0;", dry), "it has to stay in view beside every table"
@@ -77,6 +76,7 @@ def test_a_dry_run_says_so_on_its_page_and_gives_no_verdict(monkeypatch):
 
 
 def marked(loaded, changed):
+    """Results with something added to those of 00."""
     return loaded._replace(results=loaded.results | changed) if loaded.provenance["notebook"] == "00_setup" else loaded
 
 
