@@ -187,8 +187,9 @@ def _minutes_kept(kept: Path) -> str:
 
 
 def _encoder_was_kept(pretrained: Row) -> bool:
-    """Whether notebook 01 took the contrastive encoder that this project keeps, and did not train one."""
-    return "-kept/" in pretrained.get("encoders", {}).get("contrastive", "")
+    """Whether notebook 01 took the contrastive encoder that this project or others keep, and did not train one."""
+    file = pretrained.get("encoders", {}).get("contrastive", "")
+    return "-kept/" in file or "-taken-" in file
 
 
 def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:

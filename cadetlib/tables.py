@@ -474,7 +474,8 @@ def precision_layout(rows: Sequence[Row]) -> Layout:
     }
     frame = precision(rows)
     others = {(dtype, column): Cell(frame.loc[dtype, column]) for dtype in frame.index for column in frame.columns[6:]}
-    return beside("Change against float32", frame.index.name, {"in standard deviations over images": change, "ranks and cost": others})
+    groups = {"in standard deviations over images": change, "ranks and cost": others}
+    return beside("Change against float32", "forward passes", groups)
 
 
 def sweep_layout(rows: Sequence[Row], column: str, heading: str) -> Layout:
