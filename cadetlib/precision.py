@@ -44,6 +44,7 @@ def effect(
     the standard deviation of X in float32, `X_spread`; `rank` is Spearman's correlation of the scores, `p_value_largest` the
     largest difference of a p-value (Eq. 8), `forward_ms` the bare forward pass per view on this machine.
 
+    >>> import torch
     >>> images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     >>> rows = effect(nn.Flatten(), images, EvalViews(8, 0.75, False, 0), 4, 5, ["float32", "bfloat16"])
     >>> [(row["dtype"], row["m_in_largest"], round(row["rank"], 3)) for row in rows]  # no layer here that autocast would change

@@ -100,14 +100,15 @@ def _clopper_pearson(k: Any, n: Any, level: float = 0.95) -> list[metrics.Interv
 def score_at(calibration_scores: Sequence[float], threshold: float) -> float | None:
     """The largest score that is flagged at `threshold` (Eq. 8 as printed); None where nothing is, infinity where everything is.
 
-    p <= threshold means that fewer than k = floor(threshold (n + 1)) calibration scores lie strictly below. Sorted ascending.
+    p <= threshold means that fewer than k calibration scores lie strictly below, when k of the p-values 1 / (n + 1), ..., 1 are
+    at most the threshold: counted and not computed, so that rounding decides as it does for p-values. Sorted ascending.
 
     >>> calibration_scores = [0.1, 0.3, 0.5, 0.7, 0.9]
     >>> score_at(calibration_scores, 2 / 6), score_at(calibration_scores, 0.1), score_at(calibration_scores, 1.0)
     (0.3, None, inf)
     """
     n = len(calibration_scores)
-    k = math.floor(threshold * (n + 1) * (1 + 1e-12))
+    k = int(np.searchsorted(np.arange(1, n + 2) / (n + 1), threshold, side="right"))
     return None if k < 1 else math.inf if k > n else float(calibration_scores[k - 1])
 
 

@@ -119,32 +119,37 @@ def lab(folder, tmp_path_factory):
         yield f"{address}/lab/tree/notebooks/{NOTEBOOK}?token={TOKEN}"
 
 
-@contextmanager
-def browser_page():
-    """A page of a browser; `page.hosts` are those that it asked anything of."""
+@pytest.fixture(scope="module")
+def browser():
+    """One for the whole file: Playwright starts once in a process at a time."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1500, "height": 1750})
-        page.set_default_timeout(120_000)
-        page.hosts = set()
-        page.on("request", lambda request: page.hosts.add(urlsplit(request.url).hostname))
-        page.on("websocket", lambda websocket: page.hosts.add(urlsplit(websocket.url).hostname))
-        yield page
+        yield browser
         browser.close()
 
 
+def new_page(browser):
+    """An empty page; `page.hosts` are those that it asked anything of."""
+    page = browser.new_page(viewport={"width": 1500, "height": 1750})
+    page.set_default_timeout(120_000)
+    page.hosts = set()
+    page.on("request", lambda request: page.hosts.add(urlsplit(request.url).hostname))
+    page.on("websocket", lambda websocket: page.hosts.add(urlsplit(websocket.url).hostname))
+    return page
+
+
 @pytest.fixture(scope="module")
-def page(lab):
+def page(lab, browser):
     """The notebook, run from its first cell to its last."""
-    with browser_page() as page:
-        page.goto(lab)
-        page.locator("#jp-bottom-panel, .jp-StatusBar-Widget").get_by_text("| Idle").first.wait_for()
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
-        wait_for_the_explorer(page)
-        yield page
+    page = new_page(browser)
+    page.goto(lab)
+    page.locator("#jp-bottom-panel, .jp-StatusBar-Widget").get_by_text("| Idle").first.wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
+    wait_for_the_explorer(page)
+    return page
 
 
 def wait_for_the_explorer(page):
@@ -234,12 +239,13 @@ def test_no_other_host_is_asked(page):
 
 
 @pytest.mark.skipif(VOILA is None, reason="no voila beside this Python or on the PATH (pip install voila)")
-def test_the_notebook_served_by_voila(folder, tmp_path):
+def test_the_notebook_served_by_voila(folder, browser, tmp_path):
     """The same slider and numbers without Jupyter around them. Voila's page also asks a CDN for icons, and does without."""
     port = free_port()
     command = [VOILA, folder.parents[1] / "notebooks" / NOTEBOOK, "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
     address = f"http://127.0.0.1:{port}"
-    with server(command, f"{address}/voila/static/", folder, tmp_path), browser_page() as page:
+    with server(command, f"{address}/voila/static/", folder, tmp_path):
+        page = new_page(browser)
         page.goto(address, timeout=900_000, wait_until="commit")
         wait_for_the_explorer(page)
         assert shown(page) == expected(folder, "contrastive", "in-distribution", 0.05)
