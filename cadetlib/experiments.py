@@ -175,6 +175,7 @@ def small_sample_aurocs(
                     level = float((p_in <= 0.05).double().mean())
                     rows.append(
                         dict(test=test, anomaly=name, n=n, auroc=metrics.auroc(p_in, p_out), low=low, high=high, level=level)
+                        | dict(aupr=metrics.aupr(p_in, p_out), fpr95=metrics.fpr_at_tpr(p_in, p_out))
                         | dict(ceiling=1 - 0.5 / (n_perm + 1), n_perm=n_perm)
                     )
     return rows

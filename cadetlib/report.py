@@ -204,6 +204,7 @@ def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:
     return {name: tables.sweep_layout(ablations[name], *about) for name, about in sweeps.items()} | {
         "table_1": tables.table_1_layouts(results["02"]["rows"]),
         "table_2": tables.table_2_layouts(results["03"]["rows"]),
+        "table_2_details": tables.table_2_details_layouts(results["03"]["rows"]),
         "table_3": tables.detection_layout(results["04"]["rows"], 3),
         "table_4": tables.detection_layout(results["04"]["rows"], 4),
         "cost": tables.cost_layout(results["04"]["rows"]),

@@ -78,6 +78,19 @@ def table_2(rows: Sequence[Row]) -> pd.DataFrame:
     return _wide([*ours, *theirs], ("test", "encoder", "anomaly"))
 
 
+def table_2_details(rows: Sequence[Row]) -> pd.DataFrame:
+    """What Table 2 leaves out: AUPR and FPR at 95 % TPR of the same p-values, half of the draws anomalous.
+
+    >>> row = dict(test="MMD", encoder="contrastive", anomaly="PGD", n=3, n_perm=100, aupr=0.45, fpr95=0.9)
+    >>> table_2_details([row]).loc[("MMD", "contrastive", "PGD"), "n = 3"]
+    'AUPR 0.450, FPR95 0.900'
+    """
+    cells = [
+        ((r["test"], r["encoder"], _splits(r)), f"n = {r['n']}", f"AUPR {r['aupr']:.3f}, FPR95 {r['fpr95']:.3f}") for r in rows
+    ]
+    return _wide(cells, ("test", "encoder", "anomaly"))
+
+
 def _splits(row: Row) -> str:
     """An anomaly, with the number of splits behind the p-values where it is not the paper's."""
     return row["anomaly"] if row["n_perm"] == PAPER_N_PERM else f"{row['anomaly']}, {row['n_perm']} splits"
@@ -379,6 +392,32 @@ def table_2_layouts(rows: Sequence[Row]) -> list[Layout]:
             groups[f"paper: {name}"] = cells
         layouts.append(beside(f"AUROC (%), {anomaly}", "test, encoder", groups, _labels(paper.TABLE_2)))
     return layouts
+
+
+def table_2_details_layouts(rows: Sequence[Row]) -> list[Layout]:
+    """`table_2_details` for the report, with the number of splits of the paper.
+
+    >>> row = dict(test="MMD", encoder="contrastive", anomaly="PGD", n=3, n_perm=100, aupr=0.45, fpr95=0.9)
+    >>> [layout] = table_2_details_layouts([row])
+    >>> [cell.text for cell in layout.lines[0].cells]
+    ['45.0', '90.0']
+    """
+    chosen = paper_n_perm(rows)
+    return [
+        beside(
+            f"AUPR and FPR at 95 % TPR (%), {anomaly}",
+            "test, encoder",
+            {
+                heading: {
+                    (_system(r["test"], r["encoder"]), f"n = {r['n']}"): Cell(f"{100 * r[key]:.1f}")
+                    for r in chosen
+                    if r["anomaly"] == anomaly
+                }
+                for key, heading in (("aupr", "AUPR"), ("fpr95", "FPR at 95 % TPR"))
+            },
+        )
+        for anomaly in dict.fromkeys(r["anomaly"] for r in rows)
+    ]
 
 
 def detection_layout(rows: Sequence[Row], number: int) -> Layout:

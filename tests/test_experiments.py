@@ -50,6 +50,9 @@ def test_table_2_reaches_its_ceiling_and_no_more():
     auroc = {(r["test"], r["anomaly"], r["n"]): r["auroc"] for r in rows}
     assert auroc["MMD-CC", "far", 20] == pytest.approx(1 - 0.5 / 101, abs=0.004)
     assert 0.4 < auroc["MMD", "same", 20] < 0.6
+    found = {(r["test"], r["anomaly"], r["n"]): (r["aupr"], r["fpr95"]) for r in rows}
+    assert found["MMD-CC", "far", 20][0] > 0.98 and found["MMD-CC", "far", 20][1] < 0.03
+    assert 0.4 < found["MMD", "same", 20][0] < 0.6 and found["MMD", "same", 20][1] > 0.9
     assert auroc["MMD-CC", "far", 3] > auroc["MMD", "far", 3], "MMD at n = 3 is held back by its ten splits, MMD-CC is not"
 
 

@@ -75,7 +75,9 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
         ),
         "03_small_samples": dict(
             rows=[
-                dict(test=test, encoder=encoder, anomaly=anomaly, n=size, ceiling=0.995, n_perm=100) | interval(rng)
+                dict(test=test, encoder=encoder, anomaly=anomaly, n=size, ceiling=0.995, n_perm=100)
+                | interval(rng)
+                | dict(aupr=rng.random(), fpr95=rng.random())
                 for anomaly in (unseen, "PGD", "FGSM")
                 for size in (3, 5)
                 for encoder in ENCODERS
@@ -392,6 +394,12 @@ def test_tables_hold_what_was_saved_beside_the_papers(drawn):
         for row in rows:
             column_name = str(row[column]).replace("_", "")  # m_in is set with a subscript
             assert lines[row["anomaly"]][lines["anomaly"].index(column_name)] == percent(row)
+
+    for row in results["03_small_samples"]["rows"]:
+        lines = page.lines(f"AUPR and FPR at 95 % TPR (%), {row['anomaly']}")
+        column = [3, 5].index(row["n"])
+        cells = lines[f"{row['test']}, {row['encoder']}"]
+        assert [cells[column], cells[2 + column]] == [f"{100 * row['aupr']:.1f}", f"{100 * row['fpr95']:.1f}"]
 
     for row in results["05_ablations"]["by_precision"]:
         cells = page.lines("Change against float32")[row["dtype"]]
