@@ -35,7 +35,7 @@ test: $(STAMP)
 	$(BIN)/ruff check cadetlib tests benchmarks
 	$(BIN)/ruff format --check cadetlib tests benchmarks
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules cadetlib tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --doctest-modules cadetlib tests
 	$(BIN)/python -m pytest --nbval-lax notebooks
 
 lab: $(STAMP)

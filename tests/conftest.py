@@ -17,6 +17,14 @@ from torch.nn import functional as F
 PARAMETERS = 'profile = "tiny"  # the profile\noutput = ""  # folder of the results\n'
 
 
+LONGEST = ("test_imagenet_profile.py", "test_digits_profile.py")  # whole profiles, minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: begun last, one would keep one worker busy for minutes while the other has nothing to do."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty checkout with the profile `tiny`, the one that record and reproduce work in."""
