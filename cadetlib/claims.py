@@ -68,6 +68,13 @@ class Claim:
     verdict: str
     signed: bool = False  # whether the numbers are differences
 
+    def in_brief(self, most: int = 5) -> tuple[Part, ...]:
+        """The parts; of more than `most`, the two lowest and the two highest, between which the others lie."""
+        if len(self.parts) <= most:
+            return self.parts
+        ordered = sorted(self.parts, key=lambda part: part.value)
+        return (*ordered[:2], *ordered[-2:])
+
 
 def overall(parts: Sequence[Part], break_even: float) -> str:
     """The verdict that follows from the parts: confirmed when all lie above the break-even, in part when some do.

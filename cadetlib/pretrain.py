@@ -688,10 +688,8 @@ def settings_from(given: Mapping[str, Any], objective: str = "contrastive") -> S
     """
     defaults = {f.name: getattr(Settings(), f.name) for f in fields(Settings) if f.name != "objective"}
     allowed = defaults | {f"supervised_{k}": v for k, v in defaults.items()} | {"profile": "digits", "output": "", "processes": 1}
-    besides = dict.fromkeys(TAKEN.values(), "") | {
-        "other_recipes": [],
-        "train_other_recipes": True,
-    }  # what notebook 01 is told besides
+    # what notebook 01 is told besides
+    besides = dict.fromkeys(TAKEN.values(), "") | {"other_recipes": [], "train_other_recipes": True}
     checked = parameters.validate(allowed | besides, given)
     folder = record.output_folder(checked["profile"], checked["output"])
     chosen = {k: v for k, v in given.items() if k in defaults}

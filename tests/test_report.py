@@ -1,6 +1,7 @@
 """The report: one file that loads nothing, says what was saved and no more, and can be read by everyone."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -281,6 +282,26 @@ def test_every_figure_is_inside_with_its_alternative_text(drawn):
             found, expected = (np.asarray(PIL.Image.open(io.BytesIO(content)).convert("RGBA")) for content in (inside, pixels))
             assert np.array_equal(found, expected)
         assert 0.9 < float(image["width"]) / int(re.search(rb'width="([\d.]+)pt"', drawn_as).group(1).split(b".")[0]) * 0.75 < 1.1
+
+
+def test_a_claim_in_brief_shows_how_far_its_parts_reach():
+    parts = tuple(claims.Part(str(value), float(value), value - 1.0, value + 1.0) for value in (3, 9, 1, 7, 5, 2))
+    claim = claims.Claim("a", "text", "unit", "measure", "Table 1", 0.0, parts, claims.overall(parts, 0.0))
+    assert [part.name for part in claim.in_brief()] == ["1", "2", "7", "9"]
+    assert dataclasses.replace(claim, parts=parts[:5]).in_brief() == parts[:5]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (on Debian: apt-get install chromium)")
+@pytest.mark.parametrize("profile", ["digits", "cifar10-cpu"])
+def test_the_summary_of_what_is_kept_fits_a_screen(profile):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto((record.checkout() / "outputs" / "reference" / profile / "report.html").as_uri())
+        assert page.evaluate("document.querySelector('table.claims').getBoundingClientRect().bottom") <= 800
+        browser.close()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (on Debian: apt-get install chromium)")
@@ -713,8 +734,12 @@ def test_the_page_says_the_verdicts_that_follow(drawn):
     assert len(table) == 1 + len(judged) and len({claim.text for claim in judged}) == 8
     for cells, claim in zip(table[1:], judged, strict=True):
         assert cells[0] == claim.text.replace("m_", "m") and cells[1].endswith(claim.verdict)
+        some = claim.in_brief()
+        assert len(some) == len(claim.parts) or f"the lowest and highest of {len(claim.parts)}" in cells[2]
         for part in claim.parts:
             form = "{:+.1f}" if claim.signed else "{:.1f}"
             value, low, high = (form.format(v).replace("-", "−") for v in (part.value, part.low, part.high))
-            assert f"{part.name} {value} [{low}, {high}]" in cells[2]
-            assert part.paper is None or f"{part.name} {value} [{low}, {high}], paper {form.format(part.paper)}" in cells[2]
+            assert f"{value} [{low}, {high}]" in " ".join(page.text.split()), "the claim's section has all of its parts"
+            assert part not in some or f"{part.name} {value} [{low}, {high}]" in cells[2]
+            paper_is = f"{part.name} {value} [{low}, {high}], paper {form.format(part.paper or 0)}"
+            assert part not in some or part.paper is None or paper_is in cells[2]
