@@ -10,7 +10,7 @@ STAMP   := .venv/.installed
 help:
 	@echo "make reproduce   run the profile digits, 00 to 08, and say where the report is (PROFILE=cifar10-cpu for another)"
 	@echo "make test        check style, types and everything that can be tested"
-	@echo "make lab         open JupyterLab on the notebooks"
+	@echo "make lab         open JupyterLab on notebook 00, beside the others"
 	@echo "make bench       measure speed against peers and against the floor"
 	@echo "make install     only build .venv (PYTHON=python3.12 for another Python)"
 
@@ -39,7 +39,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --nbval-lax notebooks
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks/00_setup.ipynb
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

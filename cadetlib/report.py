@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -162,6 +162,19 @@ def judged(results: Mapping[str, Row]) -> list[claims.Claim]:
         claims.few_views_suffice(results["05"]["by_views"]),
         claims.p_values_calibrated(results["06"]["false_positive_rates"], results["06"]["n_calibration"], results["06"]["alpha"]),
     ]
+
+
+def suggested_profile(n_gpus: int, missing: Collection[str]) -> str:
+    """The largest profile for a machine with so many GPUs that lacks these image sets, of "imagenet-train" and "cifar10-train".
+
+    >>> suggested_profile(0, {"imagenet-train"}), suggested_profile(1, {"imagenet-train"}), suggested_profile(8, set())
+    ('cifar10-cpu', 'cifar10', 'imagenet')
+    """
+    if n_gpus and "imagenet-train" not in missing:
+        return "imagenet" if n_gpus >= 4 else "imagenet-pretrained"
+    if "cifar10-train" not in missing:
+        return "cifar10" if n_gpus else "cifar10-cpu"
+    return "digits"
 
 
 def minutes_of_profiles() -> dict[str, str]:
