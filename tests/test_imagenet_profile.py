@@ -24,7 +24,7 @@ SETS = {
     "01": {"data", "knn_data"},
     "02": {"reference", "shifted", "trained_shifted"},
     "03": {"in_distribution", "unseen"},
-    "04": {"in_distribution", "training", "unseen", "attacks", "detectors"},
+    "04": {"in_distribution", "training", "unseen", "detectors"},
     "05": {"crop_sets", "training", "study_attacks", "other_backbones", "precisions"},
     "06": {"other_normal"},
 }
@@ -34,7 +34,7 @@ SIZES = {
     "02": {"sizes", "n_samplings", "trained_sizes", "trained_n_samplings", "me_n_steps", "c2st_n_epochs", "mmd_d_n_epochs"},
     "03": {"n_held_out", "pgd_n_steps", "sizes", "n_draws"},
     "04": {"n_held_out", "n_training", "pgd_n_steps", "n_views", "view_grid", "n_reference", "n_calibration", "n_tuning", "n_hu"}
-    | {"n_unseen", "hu_cap_targeted", "hu_cap_untargeted"},
+    | {"n_unseen", "hu_cap_targeted", "hu_cap_untargeted", "cw_l2_n_steps", "cw_l2_ball_n_steps", "cw_linf_n_steps"},
     "05": {"reference_sizes", "crop_n_views", "study_n_images", "study_n_reference", "study_n_calibration", "study_n_views"}
     | {"study_strengths", "n_training", "precision_n_images"},
     "06": {"n_other"},

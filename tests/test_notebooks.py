@@ -1,5 +1,6 @@
 """Notebooks and their parameter files as they are kept: every value declared, every file fitting, nothing left over."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from cadetlib import parameters, reproduce
 from cadetlib.attacks import ATTACKS
 from cadetlib.data import SOURCES
+from cadetlib.experiments import attack_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -50,6 +52,14 @@ def test_named_sets_and_attacks_exist(profile):
         names += given.get("unseen", []) + given.get("shifted", []) + given.get("data_sets", []) + given.get("data_required", [])
         assert {name.partition(":")[0] for name in names} <= set(SOURCES), f"{profile}/{notebook.name}"
         assert set(given.get("attacks", [])) <= set(ATTACKS), f"{profile}/{notebook.name}"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_how_long_each_attack_iterates_is_a_parameter(profile):
+    """Tables 3 and 4 make all attacks, and a try of them must be short: none may fall back on its function's own iterations."""
+    given = {n.number: n.parameters for n in reproduce.notebooks_of(profile)}["04"]
+    iterated = {name for name, attack in ATTACKS.items() if "n_steps" in inspect.signature(attack).parameters}
+    assert iterated == {name for name in given["attacks"] if "n_steps" in attack_settings(name, given)}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
