@@ -71,23 +71,31 @@ class Study:
 
 
 def attack_at(
-    eps: float, names: Sequence[str], victim: nn.Module, images: Tensor, labels: Tensor, cache: Path | None = None
+    eps: float,
+    names: Sequence[str],
+    victim: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    parameters: Mapping[str, Any],
+    cache: Path | None = None,
 ) -> dict[str, Tensor]:
-    """ "fgsm" and "pgd" (50 steps of eps / 10) at one L-inf radius, and the control: random signs of that size.
+    """ "fgsm" and "pgd" of notebook 04 at another L-inf radius, and the control: random signs of that size.
+
+    parameters: notebook 04's, of which PGD's iterations stay and its step grows with the radius.
 
     >>> victim = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    >>> made = attack_at(0.1, ["fgsm", "pgd"], victim, torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))
+    >>> of_04 = dict(fgsm_eps=0.2, pgd_eps=0.2, pgd_step=0.02, pgd_n_steps=50)
+    >>> made = attack_at(0.1, ["fgsm", "pgd"], victim, torch.rand(2, 3, 2, 2), torch.tensor([0, 1]), of_04)
+    2 images after FGSM {'eps': 0.1}
+    2 images after PGD {'eps': 0.1, 'step': 0.01, 'n_steps': 50}
     >>> {name: tuple(images.shape) for name, images in made.items()}
     {'FGSM': (2, 3, 2, 2), 'PGD': (2, 3, 2, 2), 'random signs': (2, 3, 2, 2)}
     """
-    settings: dict[str, dict[str, Any]] = {"fgsm": dict(eps=eps), "pgd": dict(eps=eps, step=eps / 10, n_steps=50)}
     for name in names:
-        checks.one_of(name, "attack", settings)
-    made = {
-        experiments.ATTACK_NAMES[name]: experiments.attacked(name, victim, images, labels, cache, **settings[name])
-        for name in names
-    }
-    return made | {CONTROL: random_signs(images, eps)}
+        checks.one_of(name, "attack", ("fgsm", "pgd"))
+    step = eps / parameters["pgd_eps"] * parameters["pgd_step"]
+    at_eps = {**parameters, "fgsm_eps": eps, "pgd_eps": eps, "pgd_step": step}
+    return experiments.attack_all(names, victim, images, labels, at_eps, cache) | {CONTROL: random_signs(images, eps)}
 
 
 def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:

@@ -264,7 +264,12 @@ def attack_settings(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attack_all(
-    names: Sequence[str], classifier: nn.Module, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], cache: str | Path
+    names: Sequence[str],
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    parameters: Mapping[str, Any],
+    cache: str | Path | None = None,
 ) -> dict[str, Tensor]:
     """`attacked` for each of several attacks, under the names of ATTACK_NAMES.
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import attack_study, encoders, experiments
+from cadetlib import attack_study, attacks, encoders, experiments
 from cadetlib.views import EvalViews
+
+OF_04 = dict(fgsm_eps=0.2, pgd_eps=0.2, pgd_step=0.02, pgd_n_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_layers_are_the_encoders_own(network):
 def test_rows_agree_with_the_ablations(network):
     images, labels = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(30).long()
     victim = encoders.Classifier(network, nn.Linear(32, 2)).eval()
-    attacked = attack_study.attack_at(0.05, ["fgsm"], victim, images, labels)
+    attacked = attack_study.attack_at(0.05, ["fgsm"], victim, images, labels, OF_04)
     assert set(attacked) == {"FGSM", attack_study.CONTROL}
     views, divisions = EvalViews(8), experiments.splits(30, 3, 6, 12)
     study = attack_study.Study(network, victim, images, labels, attacked, views, 4, divisions)
@@ -48,4 +50,13 @@ def test_rows_agree_with_the_ablations(network):
     other = study.but(views=EvalViews(8, crop_scale=0.3)).rows("area", 0.3)
     assert other[0]["m_in"] != rows[0]["m_in"]
     with pytest.raises(ValueError, match="cw"):
-        attack_study.attack_at(0.1, ["cw"], victim, images, labels)
+        attack_study.attack_at(0.1, ["cw"], victim, images, labels, OF_04)
+
+
+def test_pgd_at_another_strength_is_that_of_notebook_04_scaled(network):
+    """Two steps of a tenth of the radius; more iterations would move the images further."""
+    images, labels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 2
+    victim = encoders.Classifier(network, nn.Linear(32, 2)).eval()
+    made = attack_study.attack_at(0.1, ["pgd"], victim, images, labels, OF_04)["PGD"]
+    assert torch.allclose(made, attacks.pgd(victim, images, labels, eps=0.1, step=0.01, n_steps=2))
+    assert not torch.allclose(made, attacks.pgd(victim, images, labels, eps=0.1, step=0.01, n_steps=50))

@@ -25,7 +25,7 @@ SETS = {
     "02": {"reference", "shifted", "trained_shifted"},
     "03": {"in_distribution", "unseen"},
     "04": {"in_distribution", "training", "unseen", "detectors"},
-    "05": {"crop_sets", "training", "study_attacks", "other_backbones", "precisions"},
+    "05": {"crop_sets", "training", "other_backbones", "precisions"},
     "06": {"other_normal"},
 }
 SIZES = {
