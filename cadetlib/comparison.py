@@ -192,9 +192,10 @@ def post_hoc_rows(
     learned_from: Known,
     cadet_pairs: Mapping[str, Pair],
     dtype: str = "float32",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """The detectors that need features alone, each set embedded once for all of them.
+    """The detectors that need features alone, each set embedded once for all of them; settings: name -> keywords of its class.
 
     >>> images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 2
     >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(192, 2)), images, images.flatten(1), labels)
@@ -210,7 +211,9 @@ def post_hoc_rows(
     rows = []
     for name in names:
         say(f"{name}, {encoder} encoder")
-        detector = DETECTORS[name]().fit_features(learned_from.features, learned_from.labels, classifier.head)
+        detector = DETECTORS[name](**(settings or {}).get(name, {})).fit_features(
+            learned_from.features, learned_from.labels, classifier.head
+        )
         scores = {kind: detector.score_features(found) for kind, found in features.items()}
 
         def score(images: Tensor, detector: Any = detector) -> Tensor:

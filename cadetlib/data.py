@@ -456,6 +456,17 @@ def _files(expected: imagenet.Folder) -> Callable[[Path, str, bool], ImageSet]:
     return load
 
 
+def _part_of_sample(part: slice) -> Callable[[Path, str, bool], ImageSet]:
+    """Images of imagenet-sample, of whose classes three neighbours in WordNet's order are one: it has one image of each."""
+
+    def load(root_folder: Path, name: str, download: bool) -> ImageSet:
+        sample = SOURCES["imagenet-sample"].load(root_folder, name, download)[part]
+        assert sample.labels is not None  # its files lie in sub-folders, or it was refused
+        return replace(sample, labels=sample.labels // 3)
+
+    return load
+
+
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"found no {path}")
@@ -489,6 +500,8 @@ SOURCES: dict[str, _Source] = {
     "mnist-test": _Source(_mnist, _DOWNLOAD, True),
     "flowers64": _Source(_folder("flowers64", 64), _BY_HAND),
     **{name: _Source(_files(expected), expected.get) for name, expected in imagenet.SETS.items()},
+    "imagenet-sample-first57": _Source(_part_of_sample(slice(57)), imagenet.SETS["imagenet-sample"].get),
+    "imagenet-sample-last6": _Source(_part_of_sample(slice(57, 63)), imagenet.SETS["imagenet-sample"].get),
 }
 
 

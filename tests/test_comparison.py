@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cadetlib import attack_study, attacks, cadet, comparison, data, encoders, experiments, metrics
+from cadetlib.detectors import DETECTORS
 from cadetlib.experiments import IN_DISTRIBUTION
 from cadetlib.views import EvalViews
 
@@ -51,6 +52,19 @@ def rows(world):
 def of(rows, detector, anomaly):
     (row,) = [r for r in rows if (r["detector"], r["anomaly"]) == (detector, anomaly)]
     return row
+
+
+def test_settings_reach_their_detector_and_no_other(world, rows):
+    _, known, field = world
+    settings = {"ViM": dict(n_principal=3)}
+    told = comparison.post_hoc_rows(["ViM", "MSP"], "contrastive", field, known, {}, settings=settings, say=lambda _: None)
+    detector = DETECTORS["ViM"](n_principal=3).fit(known.classifier, known.images, known.labels)
+    scores = {name: detector.score_samples(images) for name, images in field.sets.items()}
+    for anomaly in field.anomalies:
+        expected = [metrics.auroc(*pair) for pair in field.pairs(scores, anomaly)]
+        assert of(told, "ViM", anomaly)["splits"] == pytest.approx(expected)
+        assert of(told, "ViM", anomaly)["splits"] != of(rows, "ViM", anomaly)["splits"]
+        assert of(told, "MSP", anomaly)["splits"] == of(rows, "MSP", anomaly)["splits"]
 
 
 def test_every_system_has_its_row(rows):

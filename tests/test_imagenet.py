@@ -142,6 +142,17 @@ def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch
         imagenet.published_lists(given | dict(in_distribution="digits"))
 
 
+def test_the_parts_of_the_sample_share_no_class_and_have_three_images_of_each(root):
+    wnids = [f"n{i:08d}" for i in range(63)]
+    for wnid in wnids:
+        (root / "imagenet-sample" / wnid).mkdir(parents=True)
+        (root / "imagenet-sample" / wnid / "1.JPEG").touch()  # not read
+    first, last = data.load("imagenet-sample-first57"), data.load("imagenet-sample-last6")
+    assert [str(part.path(i).parent.name) for part in (first, last) for i in range(len(part))] == wnids
+    assert first.labels.tolist() == [i for i in range(19) for _ in range(3)] and last.labels.tolist() == [19] * 3 + [20] * 3
+    assert (first.name, last.name) == ("imagenet-sample-first57", "imagenet-sample-last6")
+
+
 @pytest.mark.data
 def test_the_sample_is_whole_and_read_as_pictures():
     if not (data.root() / "imagenet-sample").is_dir():
