@@ -24,6 +24,7 @@ CONFIRMED, IN_PART, NOT, UNDECIDED, UNTESTED = (
     "undecided",
     "not tested here",
 )
+NO_VERDICT = "dry run: no verdict"
 FEW_VIEWS = 0.2  # share of the views that counts as few
 SMALL_LOSS = 2.0  # percentage points of AUROC that few views may cost
 

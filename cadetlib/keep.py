@@ -40,6 +40,8 @@ def keep_encoder(run: Path, kept: Path) -> Path:
 def keep_results(folder: Path, kept: Path) -> list[Path]:
     """The results, PNG figures and report of a results folder, each verified or complete -> their files in the folder `kept`.
 
+    ValueError for results that are damaged or of a dry run.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     _ = record.write_atomically(f"{folder}/run/report.html", "<p>all of it</p>")
@@ -50,7 +52,7 @@ def keep_results(folder: Path, kept: Path) -> list[Path]:
     made = []
     for source in sources:
         if source.suffix == ".json":
-            record.read(source)
+            record.result(source)
         target = kept / source.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         made.append(Path(shutil.copy(source, target)))
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     folder, kept = record.output_folder(chosen.profile), record.checkout() / "outputs" / "reference" / chosen.profile
     if chosen.encoder:
-        trained = record.load(folder / "01_pretraining.json")[0]["encoders"]["contrastive"]
+        trained = record.result(folder / "01_pretraining.json").results["encoders"]["contrastive"]
         files = [keep_encoder((folder / trained).parent, kept / "pretraining" / "contrastive")]
     else:
         files = keep_results(folder, kept)

@@ -62,6 +62,16 @@ def output_folder(profile: str, output: str = "") -> Path:
     return checkout() / (Path(output).expanduser() if output else Path("outputs", profile))
 
 
+def is_dry_run(profile: str) -> bool:
+    """Whether no number of a profile is a result: `dry_run` in params/<profile>/00_setup.yaml; False without that file.
+
+    >>> is_dry_run("imagenet-dry-run"), is_dry_run("digits"), is_dry_run("one of my own")
+    (True, False, False)
+    """
+    file = checkout() / "params" / profile / "00_setup.yaml"
+    return file.exists() and bool(parameters.read_yaml(file).get("dry_run"))
+
+
 # --- files that are whole or not there ----------------------------------------------------------------------------------
 
 
@@ -153,6 +163,21 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     ({'auroc': 0.9}, '08_report')
     """
     return read(path)[:2]
+
+
+def result(path: str | Path) -> Loaded:
+    """`read` for those who keep numbers or judge by them: ValueError also for the results of a dry run.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     result(start("08_report", {"output": folder, "profile": "imagenet-dry-run"}).save(auroc=0.9))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ...08_report.json: found results of a dry run, expected numbers that are results; run a profile in full
+    """
+    found = read(path)
+    if found.provenance.get("dry_run"):
+        raise ValueError(f"{path}: found results of a dry run, expected numbers that are results; run a profile in full")
+    return found
 
 
 # --- files beside the results -------------------------------------------------------------------------------------------
@@ -390,6 +415,7 @@ class Run:
     git: dict[str, Any] | None
     started: datetime
     clock: float
+    dry_run: bool = False  # whether no number of it is a result
     needed: dict[str, str] = field(default_factory=dict)  # name -> digest of the results read
 
     @property
@@ -408,7 +434,7 @@ class Run:
         return self.folder / f"{self.name}.json"
 
     def need(self, name: str) -> dict[str, Any]:
-        """The results of an earlier notebook of this profile.
+        """The results of an earlier notebook of this profile; when those are of a dry run, so are this one's.
 
         FileNotFoundError with the command that makes them; ValueError when they are damaged or of another profile.
         """
@@ -420,6 +446,7 @@ class Run:
         if their_profile != profile:
             raise ValueError(f"{path}: found profile {their_profile!r}, expected {profile!r}; give each profile its own output")
         self.needed[name] = found
+        self.dry_run |= provenance.get("dry_run", False)
         return results
 
     def save(self, **results: Any) -> Path:
@@ -443,6 +470,7 @@ class Run:
         return {
             "notebook": self.name,
             "run_id": self.run_id,
+            "dry_run": self.dry_run,
             "git": self.git,
             "parameters": _without_folders(self.parameters),
             "seeds": _seeds(self.parameters),
@@ -538,7 +566,8 @@ def start(name: str, namespace: Mapping[str, Any]) -> Run:
     folder = output_folder(values["profile"], values["output"])
     folder.mkdir(parents=True, exist_ok=True)
     run_id = os.environ.get("CADET_RUN_ID") or uuid.uuid4().hex
-    return Run(name, values, folder, run_id, git_state(checkout()), datetime.now(UTC), time.monotonic())
+    dry_run = values.get("dry_run", False) or is_dry_run(values["profile"])
+    return Run(name, values, folder, run_id, git_state(checkout()), datetime.now(UTC), time.monotonic(), dry_run)
 
 
 def _injected(history: Sequence[str]) -> list[str]:

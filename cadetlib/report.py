@@ -117,17 +117,15 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
     loaded = {name: _loaded(folder, name, profile) for name in NOTEBOOKS}
     results = {name[:2]: found.results for name, found in loaded.items()}
     provenance = {name: found.provenance for name, found in loaded.items()}
-    dry_run = DRY_RUN if results["00"].get("dry_run") else ""
-    claimed = [replace(claim, verdict="dry run: no verdict") if dry_run else claim for claim in judged(results)]
     return {
         "profile": profile,
-        "dry_run": dry_run,
+        "dry_run": DRY_RUN if _of_a_dry_run(loaded) else "",
         "notebooks": NOTEBOOKS,
         "results": results,
         "provenance": provenance,
         "parameters": {name[:2]: found["parameters"] for name, found in provenance.items()},
         "figures": {name: _figure(folder, notebook, name, profile) for notebook, names in FIGURES.items() for name in names},
-        "claims": claimed,
+        "claims": judged(loaded),
         "layouts": _layouts(results),
         "counts": _counted([row["verdict"] for row in verdicts(results["04"]["rows"])]),
         "tuned": sorted({r["detector"] for r in paper.TABLE_4.records() if r["tuned"]}),
@@ -142,17 +140,18 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
     }
 
 
-def judged(results: Mapping[str, Row]) -> list[claims.Claim]:
-    """The paper's claims with their verdicts, in the paper's order. results: "02" ... "06" -> saved results.
+def judged(loaded: Mapping[str, record.Loaded]) -> list[claims.Claim]:
+    """The paper's claims with their verdicts, in the paper's order; results of a dry run give none. loaded: as in NOTEBOOKS.
 
     >>> kept = record.checkout() / "outputs" / "reference" / "digits"
-    >>> results = {name[:2]: record.read(kept / f"{name}.json").results for name in NOTEBOOKS}
-    >>> [claim.text for claim in judged(results)][2:4]
+    >>> loaded = {name: record.read(kept / f"{name}.json") for name in NOTEBOOKS}
+    >>> [claim.text for claim in judged(loaded)][2:4]
     ['CADet sees unseen classes', 'CADet sees attacks']
     """
+    results = {name[:2]: found.results for name, found in loaded.items()}
     attacks = {row["name"] for row in results["04"]["sets"] if row["paired"]}
     rows = results["04"]["rows"]
-    return [
+    found = [
         claims.shifts_detected(results["02"]["rows"], results["02"]["alpha"]),
         claims.small_samples_helped(results["03"]["rows"]),
         claims.anomalies_seen(rows, attacks, attacked=False),
@@ -162,6 +161,7 @@ def judged(results: Mapping[str, Row]) -> list[claims.Claim]:
         claims.few_views_suffice(results["05"]["by_views"]),
         claims.p_values_calibrated(results["06"]["false_positive_rates"], results["06"]["n_calibration"], results["06"]["alpha"]),
     ]
+    return [replace(claim, verdict=claims.NO_VERDICT) for claim in found] if _of_a_dry_run(loaded) else found
 
 
 def suggested_profile(n_gpus: int, missing: Collection[str]) -> str:
@@ -190,10 +190,14 @@ def minutes_of_profiles() -> dict[str, str]:
     return {folder.name: _minutes_kept(root / "outputs" / "reference" / folder.name) for folder in folders}
 
 
+def _of_a_dry_run(loaded: Mapping[str, record.Loaded]) -> bool:
+    return any(found.provenance.get("dry_run") for found in loaded.values())
+
+
 def _minutes_kept(kept: Path) -> str:
     if not all((kept / f"{name}.json").exists() for name in NOTEBOOKS):
         return "not run yet"
-    loaded = [record.read(kept / f"{name}.json") for name in NOTEBOOKS]
+    loaded = [record.result(kept / f"{name}.json") for name in NOTEBOOKS]
     minutes = sum(found.provenance["seconds"] for found in loaded) / 60
     pretraining = " without pretraining" if _encoder_was_kept(loaded[1].results) else ""
     return f"{minutes:.1f} minutes{pretraining} on {_machine(loaded[1].provenance['hardware'])}"

@@ -35,6 +35,17 @@ def test_a_damaged_result_is_not_kept(checkout, folder):
         keep.main(["tiny"])
 
 
+@pytest.mark.parametrize("what", [[], ["--encoder"]])
+def test_nothing_of_a_dry_run_is_kept(checkout, write_notebook, what):
+    write_notebook("01_pretraining")
+    (checkout / "params" / "tiny" / "00_setup.yaml").write_text("dry_run: true\n")
+    run = record.start("01_pretraining", {"profile": "tiny"})
+    run.save(encoders={"contrastive": "encoder.safetensors"})
+    with pytest.raises(ValueError, match="found results of a dry run"):
+        keep.main(["tiny", *what])
+    assert not (checkout / "outputs" / "reference").exists()
+
+
 def test_what_git_should_not_hold_is_named(checkout, folder, capsys):
     (folder / "report.html").write_bytes(bytes(3 * 2**20 + 1))
     assert keep.main(["tiny"]) == 1

@@ -127,6 +127,24 @@ def test_a_failed_write_leaves_what_was_there(run, monkeypatch):
     assert [p.name for p in run.folder.iterdir()] == ["01_a.json"]
 
 
+def test_results_of_a_dry_run_say_so_and_are_taken_for_no_results(checkout, write_notebook):
+    """The profile's 00_setup.yaml decides; what is made from the results of a dry run is of a dry run too."""
+    profile = {"profile": "tiny", "output": ""}
+    for name in ("01_a", "02_b", "03_c"):
+        write_notebook(name)
+    (checkout / "params" / "tiny" / "00_setup.yaml").write_text("dry_run: true\n")
+    dry = record.start("01_a", profile).save(auroc=0.9)
+    assert '"dry_run": true' in dry.read_text() and record.read(dry).results == {"auroc": 0.9}
+    with pytest.raises(ValueError, match=r"01_a\.json: found results of a dry run"):
+        record.result(dry)
+    (checkout / "params" / "tiny" / "00_setup.yaml").write_text("dry_run: false\n")
+    from_dry = record.start("02_b", profile)
+    from_dry.need("01_a")
+    with pytest.raises(ValueError, match=r"02_b\.json: found results of a dry run"):
+        record.result(from_dry.save(auroc=0.9))
+    assert record.result(record.start("03_c", profile).save(auroc=0.9)).provenance["dry_run"] is False
+
+
 def test_need_reads_results_of_this_profile_or_says_what_to_run(run, write_notebook, checkout, monkeypatch):
     write_notebook("02_b")
     later = record.start("02_b", {"profile": "tiny", "output": ""})

@@ -727,10 +727,10 @@ def test_verdicts_beside_the_paper():
 
 def test_the_page_says_the_verdicts_that_follow(drawn):
     folder = drawn / "outputs" / PROFILE
-    results = {name[:2]: record.load(folder / f"{name}.json")[0] for name in report.NOTEBOOKS}
+    loaded = {name: record.read(folder / f"{name}.json") for name in report.NOTEBOOKS}
     page = Page((folder / "report.html").read_text())
     table = next(rows for rows in page.tables.values() if rows[0][0] == "The paper’s claim")
-    judged = report.judged(results)
+    judged = report.judged(loaded)
     assert len(table) == 1 + len(judged) and len({claim.text for claim in judged}) == 8
     for cells, claim in zip(table[1:], judged, strict=True):
         assert cells[0] == claim.text.replace("m_", "m") and cells[1].endswith(claim.verdict)
