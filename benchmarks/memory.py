@@ -136,6 +136,17 @@ def shown(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
+def grown(rows: Sequence[Measured], memory: str) -> dict[str, float]:
+    """For each task of `scoring`, the MiB by which its peak for the most images exceeds that for the fewest.
+
+    memory: "peak_mib", on the host, or "device_mib", on the GPU.
+    """
+    peaks: dict[str, list[float]] = {}
+    for row in sorted(rows, key=lambda row: row["n"]):
+        peaks.setdefault(row["what"], []).append(row[memory])
+    return {what: found[-1] - found[0] for what, found in peaks.items()}
+
+
 def growth(rows: Sequence[Measured]) -> str:
     """How time and added memory grow from each row to the next, as powers of n."""
     words = []
@@ -162,7 +173,12 @@ def main() -> None:
         return
     if options.images:
         with tempfile.TemporaryDirectory() as home:
-            print(shown(scoring(Path(home), (options.images, options.images * options.factor))), flush=True)
+            rows = scoring(Path(home), (options.images, options.images * options.factor))
+        print(shown(rows))
+        for place, memory in (("host", "peak_mib"), ("GPU", "device_mib")):
+            if rows[0][memory] is not None:
+                added = ", ".join(f"{what} {mib:+.0f} MiB" for what, mib in grown(rows, memory).items())
+                print(f"{options.factor} times the images, on the {place}: {added}", flush=True)
     if options.growing:
         what = f"MMD, D = {options.dim}"
         rows = [dict(what=what, n=n) | measured("mmd", n, options.dim, 500, 2**26) for n in options.growing]
