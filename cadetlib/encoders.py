@@ -12,25 +12,38 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from cadetlib import checks
 
+if TYPE_CHECKING:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
 FORMAT = "cadetlib.encoder"  # what its files say they are
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    "resnet10": (BasicBlock, (1, 1, 1, 1)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+DEPTHS: dict[str, tuple[str, tuple[int, ...]]] = {  # torchvision's block, and how many a stage has
+    "resnet10": ("BasicBlock", (1, 1, 1, 1)),
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3)),
 }
+
+
+def block_of(arch: str) -> type[BasicBlock] | type[Bottleneck]:
+    """torchvision's residual block of an architecture in DEPTHS.
+
+    >>> block_of("resnet50").expansion
+    4
+    """
+    from torchvision.models import resnet  # here, since it takes seconds, for which a command without a network need not wait
+
+    return getattr(resnet, DEPTHS[arch][0])
 
 
 class Normalize(nn.Module):
@@ -57,7 +70,7 @@ def _stage(block: type[BasicBlock] | type[Bottleneck], depth: int, channels: int
     out = planes * block.expansion
     shortcut = None
     if stride != 1 or channels != out:
-        shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
+        shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
     return nn.Sequential(block(channels, planes, stride, shortcut), *(block(out, planes) for _ in range(depth - 1)))
 
 
@@ -86,7 +99,7 @@ class ResNet(nn.Module):
         self.config: dict[str, Any] = dict(arch=arch, width=width, stem=stem, image_size=image_size)
         self.config |= dict(mean=list(mean), std=list(std))
         self.image_size = checks.at_least(image_size, "image_size", 8)
-        block, depths = DEPTHS[arch]
+        block, depths = block_of(arch), DEPTHS[arch][1]
         self.normalize = Normalize(mean, std)
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)

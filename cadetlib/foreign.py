@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadetlib.encoders import DEPTHS, IMAGENET_MEAN, IMAGENET_STD, ResNet
+from cadetlib.encoders import DEPTHS, IMAGENET_MEAN, IMAGENET_STD, ResNet, block_of
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".torch", ".th")
 CONTAINERS = ("classy_state_dict.base_model.model.trunk.", "state_dict.", "model_state_dict.", "model.", "")
@@ -124,7 +124,7 @@ def architecture(weights: Mapping[str, Tensor], name: str = "checkpoint") -> tup
     """
     depths = tuple(len({k.split(".")[1] for k in weights if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     expansion = 4 if "layer1.0.conv3.weight" in weights else 1
-    known = {(block.expansion, counts): arch for arch, (block, counts) in DEPTHS.items()}
+    known = {(block_of(arch).expansion, counts): arch for arch, (_, counts) in DEPTHS.items()}
     if (expansion, depths) not in known:
         raise ValueError(f"{name}: found a ResNet of {depths} blocks a stage, expected one of {list(DEPTHS)}")
     first = weights["conv1.weight"]

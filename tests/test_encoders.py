@@ -1,6 +1,9 @@
 """Encoders against torchvision and timm, and files that come back whole or not at all."""
 
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +57,16 @@ def test_resnet_computes_what_torchvisions_does(arch):
         expected = theirs((x - MEAN) / STD)
         torch.testing.assert_close(ours.eval()(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().mean()))
     assert ours.dim == {"resnet50": 2048}.get(arch, 512)
+
+
+def test_commands_do_not_wait_for_torchvision_before_they_make_a_network():
+    """Of torchvision, importing any part imports all models, which takes longer than many commands."""
+    package = Path(encoders.__file__).parent
+    commands = [f"cadetlib.{path.stem}" for path in package.glob("*.py") if "\nif __name__ ==" in path.read_text()]
+    assert {"cadetlib.data", "cadetlib.score", "cadetlib.keep", "cadetlib.pretrain"} <= set(commands)
+    imported = f"import sys, {', '.join(commands)}; print('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_cifar_stem_keeps_the_resolution():
