@@ -30,7 +30,8 @@ from cadetlib.views import TrainViews
 
 Row = dict[str, Any]
 PAPER_POST_HOC = ("MSP", "Energy", "MaxLogit", "KLMatching", "ReAct", "Mahalanobis", "Residual", "ViM")  # all but ODIN
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = encoders.default_device()
+FASTEST = embed.resolved_dtype("auto", DEVICE)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -114,7 +115,7 @@ def similarities(n_views: int = 50, n_reference: int = 300, dim: int = 2048, n_i
 def scoring(n_images: int = 40, n_views: int = 50) -> list[Row]:
     """(c) CADet's scoring against the encoder's bare forward passes on as many images as there are views."""
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dict.fromkeys(("float32", FASTEST)):
         encoder = encoders.ResNet("resnet18", width=32, stem="cifar", image_size=32).to(DEVICE).eval()
         images = torch.rand(n_images, 3, 32, 32).to(DEVICE)
         detector = CADet(encoder, n_views=n_views, dtype=dtype).fit(images[:4], images[4:12])
@@ -132,11 +133,11 @@ def scoring(n_images: int = 40, n_views: int = 50) -> list[Row]:
     return rows
 
 
-def training(batch_size: int = 64) -> list[Row]:
+def training(batch_size: int = 64, dtype: str = FASTEST) -> list[Row]:
     """(d) a step of contrastive pretraining against forward, backward and step on random tensors of the same shape."""
     settings = pretrain.Settings(
         arch="resnet18", width=32, stem="cifar", image_size=32, head_hidden=512, head_dim=128, batch_size=batch_size,
-        optimizer="sgd", blur=0.0, jitter_strength=0.5, dtype="bfloat16", channels_last=True, tau=0.2,
+        optimizer="sgd", blur=0.0, jitter_strength=0.5, dtype=dtype, channels_last=True, tau=0.2,
     )  # fmt: skip
     model = pretrain.make_model(settings, 1).to(DEVICE).to(memory_format=torch.channels_last).train()
     optimizer = pretrain.make_optimizer(model, settings)
@@ -151,7 +152,7 @@ def training(batch_size: int = 64) -> list[Row]:
         optimizer.step()
 
     def bare() -> None:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, embed.DTYPES[dtype], enabled=dtype != "float32"):
             z = model(noise)
         update(z.float().square().mean())
 
@@ -159,7 +160,7 @@ def training(batch_size: int = 64) -> list[Row]:
         update(pretrain.training_loss(model, views, images, labels, numbers, 0, settings)[0])
 
     took, floor = medians(ours, bare, repeats=7)
-    what = f"contrastive training step, thin ResNet-18 at 32 x 32, batch {batch_size}, bfloat16"
+    what = f"contrastive training step, thin ResNet-18 at 32 x 32, batch {batch_size}, {dtype}"
     row = dict(
         what=what, against="bare forward, backward, step", ours=took, other=floor, wanted="at least 0.85 of its throughput"
     )

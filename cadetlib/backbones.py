@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cadetlib import cifar_resnet, encoders, experiments
@@ -24,7 +23,7 @@ def load(name: str) -> nn.Module:
     """
     kind, _, rest = name.partition(":")
     encoder = cifar_resnet.load(rest).encoder if kind == "cifar" else encoders.load_encoder(name)
-    return encoder.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return encoders.placed(encoder)
 
 
 def rows(

@@ -23,7 +23,43 @@ from cadetlib import checks, encoders
 from cadetlib.views import EvalViews, resize_to
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"  # bfloat16 where the device multiplies it, else float32
 _FORMAT = "cadetlib.view_sums"
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16. A CPU without them computes, but some twenty times slower than float32.
+
+    >>> multiplies_bfloat16(torch.device("meta"))
+    False
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of x86 and of ARM
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in names)
+
+
+def resolved_dtype(dtype: str, device: torch.device | None = None) -> str:
+    """One of DTYPES: "auto" is the fastest that this device (None: the one that encoders are put on) has for an encoder.
+
+    >>> resolved_dtype("float16"), resolved_dtype("auto") in ("float32", "bfloat16")
+    ('float16', True)
+    """
+    if dtype == AUTO:
+        return "bfloat16" if multiplies_bfloat16(device or encoders.default_device()) else "float32"
+    return checks.one_of(dtype, "dtype", DTYPES)
+
+
+def warn_of_emulation(dtype: str, device: torch.device) -> None:
+    """RuntimeWarning when a CPU has no instructions for this dtype, of which a user who waits would not think.
+
+    >>> warn_of_emulation("float32", torch.device("cpu"))
+    """
+    if dtype == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16(device):
+        message = (
+            "dtype: found bfloat16 on a CPU without instructions for it, many times slower than float32; set float32 or auto"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 @contextmanager
@@ -39,6 +75,7 @@ def inference(encoder: nn.Module, dtype: str = "float32") -> Iterator[torch.devi
     """
     checks.one_of(dtype, "dtype", DTYPES)
     device = encoders.device_of(encoder)
+    warn_of_emulation(dtype, device)
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:

@@ -94,7 +94,7 @@ class Settings:
     learning_rate: float = 1.2
     momentum: float = 0.9
     weight_decay: float = 0.0001
-    dtype: str = "float32"  # of the forward and backward pass: "float32", "bfloat16" or "float16"
+    dtype: str = "float32"  # of the forward and backward pass: "float32", "bfloat16", "float16" or "auto"
     channels_last: bool = False
     seed: int = 0
     log_every: int = 10  # steps
@@ -113,7 +113,7 @@ class Settings:
             "objective": ("contrastive", "supervised"),
             "optimizer": ("lars", "sgd", "adamw"),
             "reduction": ("sum", "mean"),
-            "dtype": tuple(embed.DTYPES),
+            "dtype": (*embed.DTYPES, embed.AUTO),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -270,13 +270,14 @@ def _digest(content: bytes) -> str:
 def different_settings(found: Mapping[str, Any], settings: Settings) -> list[str]:
     """What a finished or interrupted run was told otherwise, "name value and value now"; those of OPERATION may differ.
 
-    A setting that an older run did not know yet had its default.
+    A setting that an older run did not know yet had its default; a dtype that is left to the machine is never another one.
 
     >>> different_settings({"epochs": 800, "log_every": 3}, Settings(epochs=90))
     ['epochs 800 (then) and 90 (now)']
     """
     expected, known = asdict(settings), asdict(Settings()) | dict(found)
-    decisive = [k for k in expected if k not in OPERATION and known[k] != expected[k]]
+    free = (*OPERATION, "dtype") if settings.dtype == embed.AUTO else OPERATION
+    decisive = [k for k in expected if k not in free and known[k] != expected[k]]
     return [f"{k} {known[k]!r} (then) and {expected[k]!r} (now)" for k in decisive]
 
 
@@ -355,6 +356,18 @@ def make_model(settings: Settings, n_classes: int) -> Model:
         return Model(settings, n_classes)
 
 
+def in_channels_last(settings: Settings, device: torch.device) -> bool:
+    """Whether images and weights lie channels last in memory: when asked for, but on a CPU not with fewer than 8 channels.
+
+    There torch 2.14 (AVX2) writes beyond the gradient of a 1x1 convolution's weights, which aborts the process or worse.
+
+    >>> narrow, cpu = Settings(width=4, channels_last=True), torch.device("cpu")
+    >>> in_channels_last(narrow, cpu), in_channels_last(replace(narrow, width=8), cpu)
+    (False, True)
+    """
+    return settings.channels_last and (device.type != "cpu" or settings.width >= 8)
+
+
 def _n_views(settings: Settings) -> int:
     return 2 if settings.objective == "contrastive" else 1
 
@@ -378,7 +391,7 @@ def training_loss(
         batch = torch.cat([views.after_crop(x[:, i], keys, number) for i, number in enumerate(numbers)])
     else:
         batch = torch.cat([views(x, keys, number) for number in numbers])
-    if settings.channels_last:
+    if in_channels_last(settings, batch.device):
         batch = batch.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, embed.DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
         z = model(batch)
@@ -455,15 +468,13 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
     """
     stop = _Stop()
     with stop.listening():
-        return _train(settings, device or _own_device(), stop)
-
-
-def _own_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return _train(settings, device or encoders.default_device(), stop)
 
 
 def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     world = distributed.get_world_size() if losses.is_distributed() else 1
+    settings = replace(settings, dtype=embed.resolved_dtype(settings.dtype, device))
+    embed.warn_of_emulation(settings.dtype, device)
     if settings.batch_size < 2 or settings.batch_size % world:
         raise ValueError(
             f"batch_size: found {settings.batch_size} on {world} processes, expected at least 2 and a multiple of {world}"
@@ -478,7 +489,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
         images = stream.readable(images, folder, settings.allow_unreadable, settings.workers, _say)
         images = _at_least_a_batch(images, settings, "readable images")
     model = make_model(settings, n_classes).to(device)
-    if settings.channels_last:
+    if in_channels_last(settings, device):
         model = model.to(memory_format=torch.channels_last)
     parallel: nn.Module = model
     if world > 1:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from cadetlib import cadet, checks, data, embed, encoders, processes, record, thresholds
@@ -779,11 +779,6 @@ def _say(text: str) -> None:
     print(text.encode("utf-8", "replace").decode(), file=sys.stderr, flush=True)
 
 
-def _placed(encoder: nn.Module, device: str) -> nn.Module:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 def recorded_encoder(detector: Path) -> str:
     """The encoder's name as it was given at fit; a file is looked for from here, then from the detector's folder.
 
@@ -813,7 +808,7 @@ def _report_failures(failed: int, first: Sequence[tuple[str, str]]) -> int:
 
 def _run_fit(options: argparse.Namespace) -> int:
     """`fit`: a detector from two folders of normal images."""
-    encoder = _placed(encoders.load_encoder(options.encoder), options.device)
+    encoder = encoders.placed(encoders.load_encoder(options.encoder), options.device)
     detector = CADet(
         encoder,
         n_views=options.n_views,
@@ -822,7 +817,7 @@ def _run_fit(options: argparse.Namespace) -> int:
         seed=options.seed,
         flip=not options.no_flip,
         batch_size=options.batch_size,
-        dtype=options.dtype,
+        dtype=embed.resolved_dtype(options.dtype, encoders.device_of(encoder)),
         ties=options.ties,
     )
     failed = fit_folders(detector, options.reference, options.calibration, options.workers)
@@ -846,7 +841,7 @@ def _run_score(options: argparse.Namespace) -> int:
     """`score`: a table of p-values for a folder of images, or one part of it."""
     name = options.encoder or recorded_encoder(Path(options.detector))
     elsewhere = bool(options.gpus or options.parts or options.merge)  # the devices are for those who score
-    encoder = _placed(encoders.load_encoder(name), "cpu" if elsewhere else options.device)
+    encoder = encoders.placed(encoders.load_encoder(name), "cpu" if elsewhere else options.device)
     detector = CADet.load(options.detector, encoder, options.batch_size)
     threshold = _threshold(options, detector)
     if options.part:
@@ -906,7 +901,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--image-size", type=int, default=0, help="side to which images are brought; default: the encoder's own")
     fit.add_argument("--no-flip", action="store_true", help="no mirrored views: a mirrored image would be another thing")
     fit.add_argument("--seed", type=int, default=0, help="of the views")
-    fit.add_argument("--dtype", choices=list(embed.DTYPES), default="float32", help="of the forward passes")
+    fit.add_argument("--dtype", choices=[*embed.DTYPES, embed.AUTO], default="float32", help="of the forward passes")
     fit.add_argument("--ties", choices=cadet.TIES, default="paper", help="conservative: equal scores count against an image")
     score = commands.add_parser("score", help="write the p-value of every image below a folder")
     score.add_argument("--detector", required=True, help="what `fit` wrote")

@@ -120,6 +120,22 @@ def test_lower_precision_is_close_and_not_equal(dtype):
     assert 0 < (sums[0] - sums[1]).abs().max() < 0.02
 
 
+@pytest.mark.parametrize(("instructions", "expected"), [("amx_bf16", "bfloat16"), ("bf16", "bfloat16"), ("avx512_f", "float32")])
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(instructions, expected, monkeypatch):
+    """Elsewhere float32, and whoever asks for bfloat16 all the same is told what it costs."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, instructions: True})
+    assert embed.resolved_dtype("auto", torch.device("cpu")) == expected
+    assert embed.resolved_dtype("float32", torch.device("cpu")) == "float32"
+    with pytest.raises(ValueError, match="dtype: found 'float64', expected one of"):
+        embed.resolved_dtype("float64")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        embed.embed(Encoder(), images(), dtype="float32")
+        embed.embed(Encoder(), images(), dtype="bfloat16")
+    told = [str(warning.message) for warning in caught if "without instructions for it" in str(warning.message)]
+    assert len(told) == (expected == "float32")
+
+
 # --- the cache --------------------------------------------------------------------------------------------------------------
 
 

@@ -62,10 +62,10 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["cadetlib.pretrain", "timm.optim", "sklearn.datasets", "pytest"])
 
 
-def run(folder, *signals, variables=None, target=run_and_exit):
+def run(folder, *signals, variables=None, target=run_and_exit, changed=None):
     """Train below `folder` in another process; its exit code. It trains in run_folder(folder)."""
     file = folder / "parameters.yaml"
-    file.write_text(yaml.safe_dump(TINY | dict(output=str(folder))))
+    file.write_text(yaml.safe_dump(TINY | dict(output=str(folder)) | (changed or {})))
     process = _forks.Process(target=target, args=(file, variables or {}, signals))
     process.start()
     return exit_codes([process])[0]
@@ -533,11 +533,27 @@ def test_half_precision_and_channels_last(dtype, tmp_path):
     """Near the float32 loss at the first step, and weights that stay float32."""
     losses = {}
     for name, precision in {"full": "float32", "half": dtype}.items():
-        assert pretrain.train(settings(tmp_path / name, max_steps=2, channels_last=True, dtype=precision)) == 0
+        assert pretrain.train(settings(tmp_path / name, max_steps=2, width=8, channels_last=True, dtype=precision)) == 0
         losses[name] = log_of(tmp_path / name)[0]["loss"]
     assert losses["half"] == pytest.approx(losses["full"], rel=0.02) and losses["half"] != losses["full"]
     model = last_checkpoint(tmp_path / "half")["model"]
     assert {value.dtype for value in model.values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_a_narrow_network_trains_with_channels_last_asked_for(tmp_path):
+    """In a process of its own, for where torch writes beyond its memory it aborts."""
+    assert run(tmp_path, changed=dict(max_steps=4, channels_last=True)) == 0
+
+
+def test_a_dtype_left_to_the_machine_is_settled_when_the_run_begins(tmp_path, monkeypatch):
+    """So that a run that goes on elsewhere keeps its precision or is refused; a finished one of either kind serves "auto"."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert pretrain.train(settings(tmp_path, max_steps=1, dtype="auto")) == 0
+    assert last_checkpoint(tmp_path)["settings"]["dtype"] == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    with pytest.raises(ValueError, match=r"dtype 'float32' \(then\) and 'bfloat16' \(now\)"):
+        pretrain.train(settings(tmp_path, max_steps=2, dtype="auto"))
+    assert pretrain.different_settings({"dtype": "bfloat16"}, pretrain.Settings(dtype="auto")) == []
 
 
 # --- parameters and the command line -------------------------------------------------------------------------------------
