@@ -23,17 +23,17 @@ def detector(
 ) -> cadet.CADet:
     """CADet with its encoder, calibrated on one split of view sums that are there already.
 
-    settings: `n_views`, `crop_scale`, `image_size`, `seed`, `flip`, `dtype`, those the sums were made with, among others.
+    settings: `n_views`, `crop_scale`, `view_size`, `seed`, `flip`, `dtype`, those the sums were made with, among others.
 
-    >>> settings = dict(n_views=4, crop_scale=0.75, image_size=8, seed=0, flip=False, dtype="float32")
+    >>> settings = dict(n_views=4, crop_scale=0.75, view_size=8, seed=0, flip=False, dtype="float32")
     >>> images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    >>> sums = cadet.CADet(nn.Flatten(), **settings).view_sums(images)
+    >>> sums = cadet.CADet(nn.Flatten(), n_views=4, image_size=8, flip=False).view_sums(images)
     >>> made = detector(nn.Flatten(), sums, experiments.splits(30, 1, 5, 19)[0], settings)
     >>> len(made.calibration_scores_), made.n_views
     (19, 4)
     """
-    names = ("n_views", "crop_scale", "image_size", "seed", "flip", "dtype")
-    made = cadet.CADet(encoder, **{name: settings[name] for name in names})
+    names = ("n_views", "crop_scale", "seed", "flip", "dtype")
+    made = cadet.CADet(encoder, image_size=settings["view_size"], **{name: settings[name] for name in names})
     return made.fit_sums(held_out[division.reference], held_out[division.calibration])
 
 

@@ -200,14 +200,14 @@ def test_a_move_answers_in_time_at_ten_thousand_images():
 
 def test_saved_scores_become_the_detector_s_p_values(tmp_path):
     encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    setting = dict(n_views=3, crop_scale=0.5, image_size=8, seed=1, flip=False, dtype="float32")
+    setting = dict(n_views=3, crop_scale=0.5, seed=1, flip=False, dtype="float32")
     images = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    direct = cadet.CADet(encoder, **setting).fit(images[:10], images[10:30])
+    direct = cadet.CADet(encoder, image_size=8, **setting).fit(images[:10], images[10:30])
     made = explored.detector(
         encoder,
         direct.view_sums(images),
         explored.experiments.Split(torch.arange(10), torch.arange(10, 30), torch.arange(30, 50)),
-        setting | {"n_splits": 3},
+        setting | {"view_size": 8, "n_splits": 3},
     )
     row = explored.scores("mine", made, {"test": direct.view_sums(images[30:])}, ["test"])
     assert row["fingerprint"] == direct.fingerprint()
