@@ -92,7 +92,7 @@ def output():
     if missing:
         pytest.skip(missing[0])
     command = [sys.executable, "-m", "cadetlib.reproduce", "imagenet-dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CADET_ROOT": str(ROOT)}, timeout=3000)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CADET_ROOT": str(ROOT)}, timeout=4000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
