@@ -1,0 +1,168 @@
+"""How fast this machine pretrains, scores and attacks, as a share of its own peak; and from that the hours of a profile.
+
+    python benchmarks/throughput.py [--scale imagenet cifar] [--profile imagenet] [--out throughput.json] [--seconds 20]
+
+The peak is the best rate of a large matrix product, measured here in the same precision. FLOPs are those that torch counts
+while the work is done (`FlopCounterMode`), so that a share is what the network's products took of the time, views, losses and
+updates included. `python -m cadetlib.costs imagenet --rates FILE` reads the file that is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cadetlib import attacks, costs, embed, encoders, mmd, pretrain, record
+from cadetlib.cadet import CADet
+from cadetlib.views import TrainViews
+
+Row = dict[str, Any]
+N_VIEWS, PGD_STEPS = 50, 3
+
+
+class Scale(NamedTuple):
+    """A network and how many images it is given at once: fewer on a CPU, whose rates do not depend on it much."""
+
+    settings: pretrain.Settings
+    batch: int
+    batch_on_cpu: int
+
+
+SCALES = {
+    "imagenet": Scale(pretrain.Settings(data="imagenet-train", channels_last=True), batch=256, batch_on_cpu=8),
+    "cifar": Scale(
+        pretrain.Settings(arch="resnet18", stem="cifar", image_size=32, head_hidden=512, blur=0.0, channels_last=True),
+        batch=512,
+        batch_on_cpu=64,
+    ),
+}
+
+
+def waited(device: torch.device) -> float:
+    """The clock, when the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def rate(work: Callable[[], object], n: int, device: torch.device, seconds: float) -> float:
+    """Units a second of `work`, which does n of them: the median of the rounds that fit into `seconds`, at least three."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        began = waited(device)
+        work()
+        times.append(waited(device) - began)
+    return n / statistics.median(times)
+
+
+def peak(dtype: str, device: torch.device, seconds: float) -> float:
+    """FLOP/s of a product of large square matrices."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(embed.DTYPES[dtype]) for _ in range(2))
+    return rate(lambda: a @ b, 2 * side**3, device, seconds)
+
+
+def flops(work: Callable[[], object]) -> int:
+    """What the matrix products and convolutions of `work` take, backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, tuple[Callable[[], object], int, int]]:
+    """For each of costs.KINDS: the work, the passes it makes, and the images that they are made for."""
+    batch = scale.batch if device.type == "cuda" else scale.batch_on_cpu
+    settings = replace(scale.settings, dtype=dtype, batch_size=batch)
+    model = pretrain.make_model(settings, 1).to(device, memory_format=torch.channels_last).train()
+    optimizer = pretrain.make_optimizer(model, settings)
+    low, high = settings.crop_scale
+    strength, side = settings.jitter_strength, settings.image_size
+    views = TrainViews(side, (low, high), settings.flip, settings.jitter, strength, settings.greyscale, settings.blur)
+    images, keys = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        pretrain.training_loss(model, views, images, keys, keys, 0, settings)[0].backward()
+        optimizer.step()
+
+    encoder = encoders.placed(encoders.ResNet(settings.arch, settings.width, settings.stem, side), device).eval()
+    few = max(1, batch // N_VIEWS)
+    detector = CADet(encoder, n_views=N_VIEWS, image_size=side, batch_size=batch, dtype=dtype).fit(images[:2], images[2:8])
+    victim = encoders.Classifier(encoder, nn.Linear(encoder.dim, 10).to(device))
+
+    def attack() -> Tensor:
+        with torch.autocast(device.type, embed.DTYPES[dtype], enabled=dtype != "float32"):
+            return attacks.pgd(victim, images, keys % 10, n_steps=PGD_STEPS, batch_size=batch)
+
+    return {
+        "trained": (train, 2 * batch, batch),
+        "forward": (lambda: detector.score_samples(images[:few]), N_VIEWS * few, few),
+        "attacked": (attack, PGD_STEPS * batch, batch),
+    }
+
+
+def measured(names: Sequence[str], dtypes: Sequence[str], device: torch.device, seconds: float) -> list[Row]:
+    """A row for each scale, precision and kind of work."""
+    rows = []
+    for dtype in dtypes:
+        best = peak(dtype, device, seconds)
+        for name in names:
+            for kind, (work, passes, images) in work_of(SCALES[name], dtype, device).items():
+                took, counted = rate(work, passes, device, seconds), flops(work)
+                share = took * counted / passes / best
+                print(
+                    f"{name:9} {dtype:9} {kind:9} {took:9.1f} passes/s, {share:4.0%} of the peak, {best / 1e12:.2f} TFLOP/s",
+                    flush=True,
+                )
+                row = dict(scale=name, dtype=dtype, kind=kind, passes_per_second=took, images_per_second=took * images / passes)
+                rows.append(row | dict(gflops_per_pass=counted / passes / 1e9, share_of_peak=share, peak_tflops=best / 1e12))
+    return rows
+
+
+def mmd_seconds(n: int, dim: int, device: torch.device) -> float:
+    """Seconds of an MMD test of n + n samples."""
+    x, y = torch.randn(2, n, dim, device=device)
+    began = waited(device)
+    mmd.mmd_test(x, y, n_perm=500)
+    return waited(device) - began
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--scale", nargs="+", default=list(SCALES), choices=list(SCALES))
+    parser.add_argument("--profile", default="imagenet", help="whose hours are told, at the first scale and precision")
+    parser.add_argument("--samples", type=int, default=20_000, help="of the MMD test at D = 2048; 0: none")
+    parser.add_argument("--seconds", type=float, default=20, help="for each measurement")
+    parser.add_argument("--out", type=Path, default=record.output_folder("bench") / "throughput.json")
+    options = parser.parse_args()
+    device = encoders.default_device()
+    dtypes = list(dict.fromkeys(("float32", embed.resolved_dtype(embed.AUTO, device))))
+    rows = measured(options.scale, dtypes, device, options.seconds)
+    first = [row for row in rows if row["scale"] == options.scale[0] and row["dtype"] == dtypes[0]]
+    rates = {row["kind"]: row["passes_per_second"] for row in first}
+    hardware, what = record.hardware(), f"{options.scale[0]} scale, {dtypes[0]}"
+    results: Row = dict(what=what, rates=rates, rows=rows, hardware=hardware, versions=record.versions())
+    results["threads"] = torch.get_num_threads()
+    if options.samples:
+        took = mmd_seconds(options.samples, 2048, device)
+        results["mmd"] = dict(n=options.samples, dim=2048, n_perm=500, seconds=took)
+        print(f"MMD of {options.samples} + {options.samples} samples, D = 2048: {took:.1f} s")
+    record.write_atomically(options.out, json.dumps(results, indent=1))
+    print(f"\n{options.profile}, at the rates of {what}:\n{costs.sheet(costs.of_profile(options.profile), rates).to_string()}")
+    print(f"\nwritten: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A profile's costs, against what a run of it looked at; and the rates that turn them into hours, against counted passes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cadetlib import costs, encoders, pretrain, record
+
+ROOT = Path(__file__).parents[1]
+_SPEC = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
+throughput = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(throughput)
+
+
+def costs_of(profile):
+    return {cost.what: cost for cost in costs.of_profile(profile)}
+
+
+def test_the_papers_costs_by_hand():
+    """Section 3: two views of each image, 800 times; Section 5: 50 views of 7,300 images, 12,000 others and five attacks."""
+    found = costs_of("imagenet")
+    assert found["01 contrastive"].trained == 800 * 2 * 1_281_167
+    assert found["04 CADet, two encoders"].forward == 2 * 50 * (6 * 7300 + 2000 + 10_000)
+    assert found["04 attacks"].attacked == 7300 * (4 * 50 + 1)
+    assert found["04 attacks"].disk > 5 * 7300 * 3 * 224**2 * 4
+    assert costs_of("imagenet-pretrained")["01 contrastive"].trained == 0
+
+
+@pytest.mark.parametrize("profile", ["digits", "cifar10-cpu"])
+def test_scoring_costs_what_the_kept_run_scored(profile):
+    run, _ = record.load(ROOT / "outputs" / "reference" / profile / "04_cadet_tables.json")
+    scored = sum(images["n"] for images in run["sets"])
+    assert costs_of(profile)["04 CADet, two encoders"].forward == 2 * run["settings"]["n_views"] * scored
+
+
+def test_pretraining_costs_what_the_kept_run_trained():
+    """Up to the images that are left over when an epoch ends."""
+    run, about = record.load(ROOT / "outputs" / "reference" / "cifar10-cpu" / "01_pretraining.json")
+    trained = 2 * run["logs"]["contrastive"][-1]["step"] * about["parameters"]["batch_size"]
+    assert trained <= costs_of("cifar10-cpu")["01 contrastive"].trained < 1.01 * trained
+
+
+def test_the_command_line_tells_hours_only_with_rates(tmp_path, capsys):
+    assert costs.main(["imagenet"]) == 0 and "hours" not in capsys.readouterr().out
+    file = tmp_path / "throughput.json"
+    told = dict(
+        what="imagenet scale, float32", hardware={"cpu": "slow"}, rates=dict(trained=569407.555, forward=1.0, attacked=1.0)
+    )
+    file.write_text(json.dumps(told))
+    assert costs.main(["imagenet", "--rates", str(file)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("01 contrastive"))
+    assert line.split()[-1] == "1.00"  # 2,049,867,200 views at 569,407.6 a second
+    file.write_text(json.dumps(told | {"rates": dict(trained=0.0, forward=1.0, attacked=1.0)}))
+    assert costs.main(["imagenet", "--rates", str(file)]) == 2
+    assert "rates: trained: found 0.0" in capsys.readouterr().err
+
+
+def test_flops_are_those_of_a_convolution():
+    """3 x 3 taps of 5 channels for each of 7 channels and 8 x 8 pixels, a product and a sum each; backward as much again."""
+    layer, x = nn.Conv2d(5, 7, 3, padding=1, bias=False), torch.rand(2, 5, 8, 8)
+    once = 2 * 2 * 7 * 5 * 9 * 64
+    assert throughput.flops(lambda: layer(x)) == once
+    assert throughput.flops(lambda: layer(x).sum().backward()) == 2 * once
+    assert throughput.flops(lambda: layer(x.requires_grad_()).sum().backward()) == 3 * once
+
+
+@pytest.mark.parametrize("kind", costs.KINDS)
+def test_work_makes_the_passes_that_it_is_timed_for(kind, monkeypatch):
+    seen = []
+    forward = encoders.ResNet.forward
+    monkeypatch.setattr(encoders.ResNet, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    settings = pretrain.Settings(arch="resnet10", width=8, stem="cifar", image_size=8, head_hidden=8, head_dim=8)
+    work, passes, images = throughput.work_of(throughput.Scale(settings, 60, 60), "float32", torch.device("cpu"))[kind]
+    seen.clear()
+    work()
+    assert passes <= sum(seen) <= passes + 1  # an attack first looks at what the classifier makes of one image
+    assert passes == images * {"trained": 2, "forward": throughput.N_VIEWS, "attacked": throughput.PGD_STEPS}[kind]
