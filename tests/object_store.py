@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,14 +33,14 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         ports = dict(zip([f"{part}.port{kind}" for part in self.parts for kind in ("", ".grpc")], free_ports(10), strict=True))
-        self.port = ports["s3.port"]
+        self.ports, self.port = [*ports.values()], ports["s3.port"]
         rights = {"owner": ["Admin"], "lab": ["Read:bucket/lab*", "List:bucket/lab*", "Write:bucket/lab/p_values*"]}
         keys = {name: [{"accessKey": name, "secretKey": f"secret-of-{name}"}] for name in rights}
         identities = [{"name": name, "credentials": keys[name], "actions": rights[name]} for name in rights]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         options = {"dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": "bucket"}
-        options |= {"s3.config": folder / "s3.json", "s3.localSocket": folder / "s3"}
         options |= ports | dict.fromkeys(self.off, "false") | {"s3.port.iceberg": 0, "s3.port.lance": 0}
+        options["s3.config"] = folder / "s3.json"
         self.command = [WEED, "mini", *(f"-{name}={value}" for name, value in options.items())]
         self.log = folder / "log"
 
@@ -55,11 +55,11 @@ class Store:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        self.process.terminate()  # so that it removes its sockets from /tmp
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        self.process.kill()
+        self.process.kill()  # asked to end, it may take half a minute
         self.process.wait()
+        for port in self.ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink()
 
     @contextmanager
     def overloaded(self) -> Iterator[Counter[str]]:
@@ -74,8 +74,7 @@ class Store:
             do_HEAD = do_PUT = do_POST = do_GET
             log_message = staticmethod(lambda *_: None)
 
-        self.process.kill()
-        self.process.wait()
+        self.stop()
         with ThreadingHTTPServer(("127.0.0.1", self.port), Overloaded) as server:
             threading.Thread(target=server.serve_forever).start()
             try:

@@ -234,7 +234,7 @@ def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, store, clus
     wait_for(lambda: "Starting execution of Dataset" in said.read_text(), program)  # the workers are yet to come up
     assert f"{len(expected)} images, {n_done} done" in said.read_text()
     with store.overloaded() as asked:
-        wait_for(lambda: max((n for path, n in asked.items() if "/images/" in path), default=0) > 2 * PATIENCE, program)
+        wait_for(lambda: max((n for path, n in asked.items() if "/images/" in path), default=0) > PATIENCE, program)
     assert program.wait() == score.SOME_FAILED and "RayDeprecationWarning" not in said.read_text(), said.read_text()
     check_rows(rows_of(out), expected)
 
