@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 def reproduce(*options):
     command = [sys.executable, "-m", "cadetlib.reproduce", "digits", *options]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CADET_ROOT": str(ROOT)}, timeout=1500)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CADET_ROOT": str(ROOT)}, timeout=3000)
 
 
 @pytest.fixture(scope="module")
