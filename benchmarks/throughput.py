@@ -80,8 +80,17 @@ def flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, tuple[Callable[[], object], int, int]]:
-    """For each of costs.KINDS: the work, the passes it makes, and the images that they are made for."""
+class Work(NamedTuple):
+    """What is timed; the passes it makes, the images they are made for, and the FLOPs of a pass."""
+
+    run: Callable[[], object]
+    passes: int
+    images: int
+    flops: float
+
+
+def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
+    """For each of costs.KINDS, its work."""
     batch = scale.batch if device.type == "cuda" else scale.batch_on_cpu
     settings = replace(scale.settings, dtype=dtype, batch_size=batch)
     model = pretrain.make_model(settings, 1).to(device, memory_format=torch.channels_last).train()
@@ -96,7 +105,9 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, tuple[C
         pretrain.training_loss(model, views, images, keys, keys, 0, settings)[0].backward()
         optimizer.step()
 
-    encoder = encoders.placed(encoders.ResNet(settings.arch, settings.width, settings.stem, side), device).eval()
+    encoder = (
+        encoders.placed(encoders.ResNet(settings.arch, settings.width, settings.stem, side), device).eval().requires_grad_(False)
+    )
     few = max(1, batch // N_VIEWS)
     detector = CADet(encoder, n_views=N_VIEWS, image_size=side, batch_size=batch, dtype=dtype).fit(images[:2], images[2:8])
     victim = encoders.Classifier(encoder, nn.Linear(encoder.dim, 10).to(device))
@@ -105,10 +116,13 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, tuple[C
         with torch.autocast(device.type, embed.DTYPES[dtype], enabled=dtype != "float32"):
             return attacks.pgd(victim, images, keys % 10, n_steps=PGD_STEPS, batch_size=batch)
 
+    def to_pixels() -> None:  # an attack's step, as torch can count it
+        encoder(images[:2].clone().requires_grad_()).sum().backward()
+
     return {
-        "trained": (train, 2 * batch, batch),
-        "forward": (lambda: detector.score_samples(images[:few]), N_VIEWS * few, few),
-        "attacked": (attack, PGD_STEPS * batch, batch),
+        "trained": Work(train, 2 * batch, batch, flops(train) / (2 * batch)),
+        "forward": Work(lambda: detector.score_samples(images[:few]), N_VIEWS * few, few, flops(lambda: encoder(images[:2])) / 2),
+        "attacked": Work(attack, PGD_STEPS * batch, batch, flops(to_pixels) / 2),
     }
 
 
@@ -118,15 +132,17 @@ def measured(names: Sequence[str], dtypes: Sequence[str], device: torch.device, 
     for dtype in dtypes:
         best = peak(dtype, device, seconds)
         for name in names:
-            for kind, (work, passes, images) in work_of(SCALES[name], dtype, device).items():
-                took, counted = rate(work, passes, device, seconds), flops(work)
-                share = took * counted / passes / best
+            for kind, work in work_of(SCALES[name], dtype, device).items():
+                took = rate(work.run, work.passes, device, seconds)
+                share = took * work.flops / best
                 print(
                     f"{name:9} {dtype:9} {kind:9} {took:9.1f} passes/s, {share:4.0%} of the peak, {best / 1e12:.2f} TFLOP/s",
                     flush=True,
                 )
-                row = dict(scale=name, dtype=dtype, kind=kind, passes_per_second=took, images_per_second=took * images / passes)
-                rows.append(row | dict(gflops_per_pass=counted / passes / 1e9, share_of_peak=share, peak_tflops=best / 1e12))
+                row = dict(
+                    scale=name, dtype=dtype, kind=kind, passes_per_second=took, images_per_second=took * work.images / work.passes
+                )
+                rows.append(row | dict(gflops_per_pass=work.flops / 1e9, share_of_peak=share, peak_tflops=best / 1e12))
     return rows
 
 

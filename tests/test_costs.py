@@ -74,8 +74,11 @@ def test_work_makes_the_passes_that_it_is_timed_for(kind, monkeypatch):
     forward = encoders.ResNet.forward
     monkeypatch.setattr(encoders.ResNet, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
     settings = pretrain.Settings(arch="resnet10", width=8, stem="cifar", image_size=8, head_hidden=8, head_dim=8)
-    work, passes, images = throughput.work_of(throughput.Scale(settings, 60, 60), "float32", torch.device("cpu"))[kind]
+    run, passes, images, flops = throughput.work_of(throughput.Scale(settings, 60, 60), "float32", torch.device("cpu"))[kind]
     seen.clear()
-    work()
+    run()
     assert passes <= sum(seen) <= passes + 1  # an attack first looks at what the classifier makes of one image
     assert passes == images * {"trained": 2, "forward": throughput.N_VIEWS, "attacked": throughput.PGD_STEPS}[kind]
+    made = encoders.ResNet("resnet10", 8, "cifar", 8).eval()
+    forward_flops = throughput.flops(lambda: made(torch.rand(1, 3, 8, 8)))
+    assert flops / forward_flops == pytest.approx({"trained": 3, "forward": 1, "attacked": 2}[kind], rel=0.05)
