@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -57,6 +58,7 @@ VISSL_SIMCLR = (
 )
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
 _KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
+_TOGETHER = 600  # seconds within which all processes must have started
 _GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
 
 
@@ -297,7 +299,7 @@ def _is_first() -> bool:
 
 
 class _Stop:
-    """Set by SIGTERM, SIGUSR1 or SIGUSR2 (submitit's), looked at after every step by all processes together."""
+    """Set by one of processes.ASKING, looked at after every step by all processes together."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -305,7 +307,7 @@ class _Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals meanwhile; afterwards they mean what they meant before."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        before = {number: signal.signal(number, self._ask) for number in processes.ASKING}
         try:
             yield
         finally:
@@ -927,6 +929,27 @@ def _end(child: subprocess.Popen[str]) -> None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
+def _store_of_this_start() -> tuple[distributed.Store, int, int]:
+    """torchrun's store with keys of this start alone, this process's rank, and how many there are.
+
+    torchrun keeps one store for all restarts, in which a process would find the addresses of those that are gone, and wait for
+    them; nor does it number its starts alike on all machines. So each process leaves a mark of its own, and all go on as soon
+    as all have seen the same marks: then each has seen every other's newest.
+    """
+    store, rank, world = next(distributed.rendezvous("env://"))
+    marks, views = ([f"{kind}/{i}" for i in range(world)] for kind in ("mark", "seen"))
+    store.set(marks[rank], uuid.uuid4().hex)
+    deadline = time.monotonic() + _TOGETHER
+    while time.monotonic() < deadline:
+        if store.check(marks):
+            seen = record.digest([mark.decode() for mark in store.multi_get(marks)])
+            store.set(views[rank], seen)
+            if store.check(views) and set(store.multi_get(views)) == {seen.encode()}:
+                return distributed.PrefixStore(seen, store), rank, world
+        time.sleep(0.1)
+    raise RuntimeError(f"found not all of {world} processes started within {_TOGETHER} s, expected all; start them again")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line: reads settings, joins torchrun's processes when there are any, trains."""
     parser = argparse.ArgumentParser(prog="python -m cadetlib.pretrain", description="Pretrain an encoder; resumes by itself.")
@@ -942,7 +965,8 @@ def main(arguments: list[str] | None = None) -> int:
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         processes.die_with_parent()  # torchrun puts each process into a session of its own
-        distributed.init_process_group(backend)
+        store, rank, world = _store_of_this_start()
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     code = train(settings)
     if distributed.is_available() and distributed.is_initialized():  # not after an error: it would wait for the other processes
         distributed.destroy_process_group()

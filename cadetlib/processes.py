@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a process to save and leave; Slurm and submitit send the latter two
 # What torchrun tells its workers, or takes as its own options (PET_): left over from elsewhere, it misleads the next launch.
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
 _DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "PET_")

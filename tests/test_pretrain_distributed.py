@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from test_pretrain import STALE, TINY, exit_codes, last_checkpoint, run_and_exit, run_folder, settings, steps_logged
+from torch import distributed
 
 from cadetlib import pretrain
 from cadetlib.pretrain import Settings
@@ -57,11 +58,15 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def run_processes(folder, world, signals=(), **changed):
-    """Train in `world` processes with the variables that torchrun would give them; the last one gets the signals."""
+def run_processes(folder, world, signals=(), store=None, **changed):
+    """Train in `world` processes with the variables that torchrun would give them; the last one gets the signals.
+
+    store: what torchrun keeps over its restarts; without, the first process has one of its own.
+    """
     file = folder / "parameters.yaml"
     file.write_text(yaml.safe_dump(TINY | dict(output=str(folder)) | changed))
-    common = dict(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world))
+    common = dict(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(world))
+    common |= dict(MASTER_PORT=str(store.port if store else free_port()), TORCHELASTIC_USE_AGENT_STORE=str(bool(store)))
     started = []
     for rank in range(world):
         variables = common | dict(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
@@ -100,6 +105,15 @@ def test_one_process_asked_to_stop_stops_all(alone, tmp_path):
     assert 3 <= step < 8 and steps_logged(folder) == list(range(1, step + 1))
     assert run_processes(tmp_path, 1, **changed) == [0]
     assert_near(folder, alone)
+
+
+def test_a_restart_does_not_look_for_the_processes_before_it(alone, tmp_path):
+    """torchrun keeps one store over its restarts, with the addresses of processes that are no more."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    changed = SGD | dict(learning_rate=RATES["sum"])
+    for step in (2, 4, 8):
+        assert run_processes(tmp_path, 2, store=store, **changed | dict(max_steps=step)) == [0, 0]
+    assert_near(run_folder(tmp_path, **changed), alone)
 
 
 def test_batch_is_divided_evenly(tmp_path):
