@@ -48,6 +48,7 @@ FORCE = (
     "on); attacked images and embeddings in DIR/cache, kept under a digest of all that they depend on, are used again: to redo "
     "these as well, delete that folder"
 )
+_GRACE = 25  # seconds to save in; Slurm kills after 30
 NOISE = re.compile(
     r"(Executing|Ending) Cell \d+-+$|(In|Out)put Notebook: |Executing notebook with|\[IPKernelApp\] WARNING .* over TCP"
 )
@@ -382,9 +383,8 @@ def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: in
         stale.unlink(missing_ok=True)
     log.parent.mkdir(exist_ok=True)
     run_id = uuid.uuid4().hex
-    supervisor = "import sys; from cadetlib.reproduce import _supervise; sys.exit(_supervise(int(sys.argv[1]), sys.argv[2:]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", supervisor, str(os.getpid()), *_papermill(notebook, executed, job)],
+        _supervised(_papermill(notebook, executed, job)),
         cwd=job.root,
         env=_environment(job, run_id, slot, n_slots),
         stdin=subprocess.DEVNULL,
@@ -473,13 +473,20 @@ def _uncoloured(line: str) -> str:
 # --- processes ----------------------------------------------------------------------------------------------------------
 
 
+def _supervised(command: Sequence[str]) -> list[str]:
+    """The command of a process that runs another under `_supervise`, on behalf of this one."""
+    code = "import sys; from cadetlib.reproduce import _supervise; sys.exit(_supervise(int(sys.argv[1]), sys.argv[2:]))"
+    return [sys.executable, "-c", code, str(os.getpid()), *command]
+
+
 def _supervise(parent: int, command: Sequence[str]) -> int:
     """Run a command to its exit code; end it, with all that it started, when the process `parent` ends, however it ends.
 
     The kernel is papermill's child in a session of its own, and a notebook may start processes itself: the one who takes
     over the orphans of all of them (Linux: subreaper) can end them all.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in processes.ASKING:  # Slurm's too, which reach every process of a job
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if sys.platform == "linux":
             set_child_subreaper = 36  # of prctl(2)
@@ -488,12 +495,21 @@ def _supervise(parent: int, command: Sequence[str]) -> int:
         code = subprocess.call(command)
         return code if code >= 0 else 128 - code
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in processes.ASKING:
+            signal.signal(number, signal.SIG_IGN)
         _end_descendants()
 
 
 def _end_descendants(timeout: float = 10) -> None:
-    """Kill every descendant of this process, again until none is left: one may have started another meanwhile."""
+    """End every descendant of this process: asked first, since pretraining then saves; whoever stays is killed.
+
+    Again until none is left: one may have started another meanwhile.
+    """
+    asked = psutil.Process().children(recursive=True)
+    for child in asked:
+        with suppress(psutil.Error):
+            child.terminate()
+    psutil.wait_procs(asked, timeout=_GRACE)
     deadline = time.monotonic() + timeout
     while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         for child in children:

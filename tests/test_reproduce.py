@@ -280,7 +280,8 @@ def test_gpus_take_notebooks_side_by_side(checkout, write_notebook, capsys, monk
 
 SLOW = """
 import os, pathlib, subprocess, time
-child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+saves = f"trap 'sleep 1; touch {run.folder}/saved; kill $!; exit' TERM; sleep 600 & wait"
+child = subprocess.Popen(["bash", "-c", saves], start_new_session=True)
 run.folder.joinpath("pids").write_text(f"{os.getpid()} {os.getppid()} {child.pid} ")
 while not run.folder.joinpath("go").exists():
     time.sleep(0.05)
@@ -329,6 +330,7 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_noteboo
     process.kill()
     process.wait()
     wait_for(lambda: not any(map(alive, pids)), seconds=5)
+    assert (folder / "saved").exists()  # it was asked before it was killed
     assert sorted(p.name for p in folder.glob("*.json")) == ["00_a.json"]
 
     file.unlink()
