@@ -2,14 +2,15 @@
 
 One job a notebook, begun when the jobs of those it needs have ended well (afterok) and cancelled when one has not. A job does
 what `reproduce --only` does, with the same keys and marks: what is done and unchanged is skipped, and submitting once more goes
-on where it stopped. A job at its time limit, or preempted, is requeued by submitit; pretraining goes on from its checkpoint.
+on where it stopped. A job at its time limit is requeued by submitit, a preempted one by Slurm; pretraining then saves, and goes
+on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Request:
     cpus: int = 8  # for each GPU; without any, for the job
 
     def __post_init__(self) -> None:
-        for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1)):
+        # submitit asks for a signal 90 s before the limit, Slurm may send it 60 s earlier: sooner than the job can listen.
+        for name, least in (("minutes", 3), ("gpus", 0), ("cpus", 1)):
             checks.at_least(getattr(self, name), f"--slurm-{name}", least)
 
     def options(self, processes: int = 1) -> dict[str, Any]:
@@ -50,8 +52,9 @@ class Request:
 class NotebookJob:
     """What a job runs: one notebook of a profile, in the environment of the one who submitted it.
 
-    >>> NotebookJob("digits", "00_setup", force=True).goes_on().force
-    False
+    >>> NotebookJob("no-such-profile", "00_setup")()  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: profile: found 'no-such-profile', expected one of ...
     """
 
     profile: str
@@ -61,20 +64,20 @@ class NotebookJob:
     environment: tuple[tuple[str, str], ...] = ()
 
     def __call__(self) -> None:
-        """Run it; RuntimeError when it failed, so that the jobs that need it do not begin."""
+        """Run it; RuntimeError when it failed, so that the jobs that need it do not begin.
+
+        After an interruption (time limit, preemption, a node's failure) what --force was to redo is not begun once more.
+        """
         os.environ.update(self.environment)
-        if reproduce.run_job(self.profile, self.name, self.output, self.force):
+        force = self.force and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        if reproduce.run_job(self.profile, self.name, self.output, force):
             raise RuntimeError(f"{self.name} failed: what happened stands above and in its log")
 
-    def goes_on(self) -> NotebookJob:
-        """The job after an interruption: what --force was to redo is not redone from the start once more."""
-        return replace(self, force=False)
-
     def checkpoint(self) -> Any:
-        """submitit asks this when the job is to be requeued."""
+        """submitit asks this when the job is to be requeued at its time limit."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self.goes_on())
+        return DelayedSubmission(self)
 
 
 def submit(
