@@ -86,7 +86,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
-    # The supervisor takes over the orphans of all it starts, jobs among them, and ends them when it is ended or this process is.
+    # The supervisor takes over the orphans of all it starts, jobs among them, and ends them when it or this process is ended.
     command = reproduce._supervised(["bash", "-c", DAEMONS.format(**named)])
     with open(folder / "daemons.log", "w") as log:
         daemons = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
