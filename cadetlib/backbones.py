@@ -43,6 +43,7 @@ def rows(
     sets: name -> images (N, 3, S, S), among them "in-distribution"; they are brought to the encoder's own side. views: what
     their area, flip and seed are; grid: the numbers of views to keep, among them n_views.
 
+    >>> import torch
     >>> images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     >>> sets = {"in-distribution": images, "darker": images / 3}
     >>> divisions = experiments.splits(30, n_splits=2, n_reference=8, n_calibration=8)

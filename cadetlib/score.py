@@ -162,6 +162,7 @@ def view_sums(detector: CADet, images: Tensor) -> embed.ViewSums:
     Convolutions round differently in batches of different sizes: filled up, an image's score is the same to the last bit,
     whichever files it is read with.
 
+    >>> from torch import nn
     >>> detector, images = CADet(nn.Flatten(), n_views=4, image_size=8), torch.rand(3, 3, 8, 8)
     >>> alone, together = view_sums(detector, images[:1]), view_sums(detector, images)
     >>> torch.equal(alone.means[0], together.means[0])
@@ -177,6 +178,7 @@ def sums_of_chunk(detector: CADet, chunk: Sequence[Decoded]) -> tuple[list[Decod
 
     An image that the encoder has no finite features for gets an error of its own, unless that is so for every image.
 
+    >>> from torch import nn
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8)
     >>> chunk = [Decoded("1.png", torch.rand(3, 8, 8)), Decoded("2.png", torch.zeros(3, 8, 8))]
     >>> chunk, sums = sums_of_chunk(detector, chunk)  # nn.Flatten sees no direction in black
@@ -228,6 +230,7 @@ def fit_folders(detector: CADet, reference: str | Path, calibration: str | Path,
     The images of one must not be in the other: X_val(2) stands for images that mu has not seen. ValueError for one folder twice
     or inside the other.
 
+    >>> from torch import nn
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as home:
     ...     for part, seed in (("reference", 1), ("calibration", 2)):
@@ -403,6 +406,7 @@ class Table:
 def rows_of_chunk(detector: CADet, chunk: Sequence[Decoded], threshold: float) -> list[list[str]]:
     """A line for each file of a chunk, in its order: numbers with every digit, and an error where there are none.
 
+    >>> from torch import nn
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8))
     >>> chunk = [Decoded("1.png", torch.rand(3, 8, 8)), Decoded("2.png", None, "found no readable image")]
     >>> good, bad = rows_of_chunk(detector, chunk, threshold=0.1)
@@ -472,6 +476,7 @@ def summary(table: str | Path, most: int = 0) -> Summary:
 def settings_of(detector: CADet, folder: str | Path, threshold: float) -> Settings:
     """What the lines of a folder's table have in common.
 
+    >>> from torch import nn
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8))
     >>> settings_of(detector, "images", 0.05) == settings_of(detector, "./images", 0.05)
     True
@@ -488,6 +493,7 @@ def score_folder(
     An unfinished table of the same detector, threshold and folder is gone on with. `part`: only that range of the images, into a
     table of its own beside `table` (see `Part.table`).
 
+    >>> from torch import nn
     >>> import tempfile
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8))
     >>> with tempfile.TemporaryDirectory() as home:
@@ -782,6 +788,7 @@ def _say(text: str) -> None:
 def recorded_encoder(detector: Path) -> str:
     """The encoder's name as it was given at fit; a file is looked for from here, then from the detector's folder.
 
+    >>> from torch import nn
     >>> import tempfile
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8))
     >>> with tempfile.TemporaryDirectory() as folder:
