@@ -178,7 +178,7 @@ def test_whatever_determines_a_sum_is_in_the_caches_key(tmp_path):
         {"shard": (0, 2)},
         {"shard": (1, 2)},
     ]
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings(action="error", category=UserWarning):
         for n_files, change in enumerate(changes, start=1):
             cached(tmp_path, **change)
             assert len(list(tmp_path.iterdir())) == n_files, change
@@ -201,7 +201,7 @@ def test_a_damaged_file_is_said_and_made_anew(tmp_path, damage):
     damage(path)
     with pytest.warns(UserWarning, match=rf"cache: {path.name}: found .*; computing anew"):
         assert_same(cached(tmp_path), expected, atol=0)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings(action="error", category=UserWarning):
         assert_same(cached(tmp_path), expected, atol=0)
 
 
