@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py [--scale imagenet cifar] [--profile imagenet] [--out throughput.json] [--seconds 20]
 
-The peak is the best rate of a large matrix product, measured here in the same precision. FLOPs are those that torch counts
-while the work is done (`FlopCounterMode`), so that a share is what the network's products took of the time, views, losses and
-updates included. `python -m cadetlib.costs imagenet --rates FILE` reads the file that is written.
+The peak is the rate of a large matrix product, measured here in the same precision. A pass's FLOPs are those that torch counts
+(`FlopCounterMode`); the time is that of the work as a whole, views, losses and updates included. On a CPU a share may exceed 1:
+some convolutions need fewer products than are counted. `python -m cadetlib.costs imagenet --rates FILE` reads what is written.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.output_folder("bench") / "throughput.json")
     options = parser.parse_args()
     device = encoders.default_device()
+    # The peak of what convolutions may use: TF32, unless it is switched off.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     dtypes = list(dict.fromkeys(("float32", embed.resolved_dtype(embed.AUTO, device))))
     rows = measured(options.scale, dtypes, device, options.seconds)
     first = [row for row in rows if row["scale"] == options.scale[0] and row["dtype"] == dtypes[0]]

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cadetlib import checks, data, encoders, imagenet, pretrain, reproduce
+from cadetlib import checks, data, encoders, experiments, imagenet, pretrain, reproduce
 
 COUNTS = {"cifar10-train": 50_000, "cifar10-test": 10_000, "cifar10.1-v6": 2000, "cifar10.1-v4": 2021, "mnist-test": 10_000}
 KINDS = ("trained", "forward", "attacked")  # what a rate is about
@@ -81,7 +81,8 @@ def of_profile(profile: str) -> list[Cost]:
     samples = n_images(p3["in_distribution"], p3["n_held_out"])
     compared = samples * (1 + len(p3["attacks"])) + sum(map(n_images, p3["unseen"]))
     walks = min(p4["n_hu"], held_out) * (1 + len(p4["attacks"]) + len(p4["unseen"]))
-    crops = held_out + sum(held_out if name.isupper() else n_images(name, p4["n_unseen"]) for name in p5["crop_sets"])
+    attacked = experiments.ATTACK_NAMES.values()
+    crops = held_out + sum(held_out if name in attacked else n_images(name, p4["n_unseen"]) for name in p5["crop_sets"])
     features = _FLOAT * _features(p1)
     study, attacked_sets = p5["study_n_images"], len(p5["study_attacks"]) + 1
     settings = (

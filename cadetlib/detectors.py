@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -49,7 +50,7 @@ class Detector:
     forwards: float = 1.0  # cost of a score in forward passes per image, a backward pass counted as two
 
 
-class PostHoc(Detector):
+class PostHoc(Detector, ABC):
     """A detector on penultimate features: a subclass says what to `learn` of the training features and how it `scores` others.
 
     The methods here check input, embed images, and score in blocks of rows, each of which is scored on its own.
@@ -70,9 +71,9 @@ class PostHoc(Detector):
         Labels and head are None when they were not given, which only detectors that need them refuse.
         """
 
+    @abstractmethod
     def scores(self, features: Tensor) -> Tensor:
         """features (n, D) -> (n,), larger = more in-distribution."""
-        raise NotImplementedError(f"{type(self).__name__}: found no method scores(self, features), expected one")
 
     def logits(self, features: Tensor) -> Tensor:
         """The head's logits of features (n, D): (n, n_classes) float64."""
