@@ -150,4 +150,4 @@ def untrained(encoder: nn.Module, seed: int = 0) -> nn.Module:
         raise ValueError(f"encoder: found {type(encoder).__name__}, expected a ResNet of this project, of known stages")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return encoders.ResNet(**encoder.config).to(encoders.device_of(encoder)).eval()
+        return encoders.placed(encoders.ResNet(**encoder.config), encoders.device_of(encoder)).eval()

@@ -206,8 +206,12 @@ def post_hoc_rows(
     [('MSP', 'noise', 1.0), ('SSD', 'noise', 1.0)]
     """
     classifier = learned_from.classifier
-    features = {name: embed.embed(classifier.encoder, images, dtype=dtype) for name, images in field.sets.items()}
-    clean = field.sets[IN_DISTRIBUTION]
+
+    def features_of(images: Tensor) -> Tensor:
+        return embed.embed(classifier.encoder, images, dtype=dtype)
+
+    features = {name: features_of(images) for name, images in field.sets.items()}
+    embedding = seconds_per_image(features_of, field.sets[IN_DISTRIBUTION])
     rows = []
     for name in names:
         say(f"{name}, {encoder} encoder")
@@ -215,11 +219,8 @@ def post_hoc_rows(
             learned_from.features, learned_from.labels, classifier.head
         )
         scores = {kind: detector.score_features(found) for kind, found in features.items()}
-
-        def score(images: Tensor, detector: Any = detector) -> Tensor:
-            return detector.score_features(embed.embed(classifier.encoder, images, dtype=dtype))
-
-        about = dict(tuned=False, seconds=seconds_per_image(score, clean), forwards=detector.forwards)
+        seconds = embedding + seconds_per_image(detector.score_features, features[IN_DISTRIBUTION])
+        about = dict(tuned=False, seconds=seconds, forwards=detector.forwards)
         rows += rows_of(name, encoder, field, scores, cadet_pairs, **about)
     return rows
 

@@ -456,17 +456,6 @@ def _files(expected: imagenet.Folder) -> Callable[[Path, str, bool], ImageSet]:
     return load
 
 
-def _part_of_sample(part: slice) -> Callable[[Path, str, bool], ImageSet]:
-    """Images of imagenet-sample, of whose classes three neighbours in WordNet's order are one: it has one image of each."""
-
-    def load(root_folder: Path, name: str, download: bool) -> ImageSet:
-        sample = SOURCES["imagenet-sample"].load(root_folder, name, download)[part]
-        assert sample.labels is not None  # its files lie in sub-folders, or it was refused
-        return replace(sample, labels=sample.labels // 3)
-
-    return load
-
-
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"found no {path}")
@@ -478,6 +467,16 @@ class _Source:
     load: Callable[[Path, str, bool], ImageSet]
     get: str  # the step that brings it
     downloads: bool = False
+
+
+def _part(whole: str, part: slice, merged: int = 1) -> _Source:
+    """Some images of a set of files; merged: so many classes that are neighbours in it become one."""
+
+    def load(root_folder: Path, name: str, download: bool) -> ImageSet:
+        found = SOURCES[whole].load(root_folder, name, download)[part]
+        return replace(found, labels=None if found.labels is None else found.labels // merged)
+
+    return _Source(load, imagenet.SETS[whole].get)
 
 
 _DOWNLOAD = "run `python -m cadetlib.data download {name}`"
@@ -500,8 +499,11 @@ SOURCES: dict[str, _Source] = {
     "mnist-test": _Source(_mnist, _DOWNLOAD, True),
     "flowers64": _Source(_folder("flowers64", 64), _BY_HAND),
     **{name: _Source(_files(expected), expected.get) for name, expected in imagenet.SETS.items()},
-    "imagenet-sample-first57": _Source(_part_of_sample(slice(57)), imagenet.SETS["imagenet-sample"].get),
-    "imagenet-sample-last6": _Source(_part_of_sample(slice(57, 63)), imagenet.SETS["imagenet-sample"].get),
+    # For the dry run of the profile imagenet; the sample has one image of each of its classes.
+    "imagenet-sample-first57": _part("imagenet-sample", slice(57), merged=3),
+    "imagenet-sample-each3rd": _part("imagenet-sample", slice(0, 57, 3), merged=3),
+    "imagenet-sample-last6": _part("imagenet-sample", slice(57, 63), merged=3),
+    "flowers64-daisies-first24": _part("flowers64-daisies", slice(24)),
 }
 
 

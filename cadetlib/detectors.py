@@ -376,10 +376,11 @@ class Residual(PostHoc):
 
     u = -pinv(W) b is the origin at which the head's logits vanish; the principal space is spanned by the n_principal largest
     eigenvectors of the mean of (x - u)(x - u)^T. By default 1000 of D >= 2048 dimensions, 512 of D >= 768 (both as in the
-    original), and D // 2 of fewer.
+    original), and D // 2 of fewer. ValueError when the training features have no part outside that space: it is then too large,
+    or the features too few, to tell anything by.
 
     >>> head = nn.Linear(2, 2, bias=False)
-    >>> detector = Residual(n_principal=1).fit_features(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]), head=head)
+    >>> detector = Residual(n_principal=1).fit_features(torch.tensor([[3.0, 0.1], [-3.0, 0.1]]), head=head)
     >>> detector.score_features(torch.tensor([[5.0, 0.0], [5.0, 2.0]])).round(decimals=4)  # the principal space is the first axis
     tensor([-0., -2.], dtype=torch.float64)
     """
@@ -396,6 +397,14 @@ class Residual(PostHoc):
         which = torch.zeros(len(features), dtype=torch.int64, device=features.device)
         moment = second_moment(features, self.origin_[None], which)
         self.complement_ = torch.linalg.eigh(moment).eigenvectors[:, :n_kept]  # ascending eigenvalues
+        blocks = features.split(self.rows)
+        self.residual_ = float(torch.cat([self.residuals(block) for block in blocks]).mean())
+        length = float(torch.cat([(block.double() - self.origin_).norm(dim=1) for block in blocks]).mean())
+        if self.residual_ <= 1e-9 * length:
+            raise ValueError(
+                f"features: found a mean residual of {self.residual_:.3g} outside {features.shape[1] - n_kept} principal "
+                "dimensions, expected more than rounding; fit on more images or lower n_principal"
+            )
 
     def residuals(self, features: Tensor) -> Tensor:
         """|P (x - u)| of features x (n, D): (n,) float64."""
@@ -422,15 +431,8 @@ class ViM(Residual):
 
     def learn(self, features: Tensor, labels: Tensor, head: nn.Linear) -> None:
         super().learn(features, labels, head)
-        blocks = features.split(self.rows)
-        residual = float(torch.cat([self.residuals(block) for block in blocks]).mean())
-        length = float(torch.cat([(block.double() - self.origin_).norm(dim=1) for block in blocks]).mean())
-        if residual <= 1e-9 * length:
-            raise ValueError(
-                f"features: found a mean residual of {residual:.3g} outside {features.shape[1] - self.complement_.shape[1]} "
-                "principal dimensions, expected more than rounding; fit on more images or lower n_principal"
-            )
-        self.alpha_ = float(torch.cat([self.logits(block).amax(dim=1) for block in blocks]).mean()) / residual
+        largest = torch.cat([self.logits(block).amax(dim=1) for block in features.split(self.rows)])
+        self.alpha_ = float(largest.mean()) / self.residual_
 
     def scores(self, features: Tensor) -> Tensor:
         return self.logits(features).logsumexp(dim=1) - self.alpha_ * self.residuals(features)

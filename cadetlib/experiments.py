@@ -294,6 +294,8 @@ def attack_mix(
 ) -> Tensor:
     """Each image after one of the attacks, in turn, for what is tuned "on attacks": float32, in the order of the images.
 
+    With fewer images than attacks, the last attacks are left out.
+
     >>> from tempfile import TemporaryDirectory
     >>> classifier, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 3, 2, 2)
     >>> settings = {"fgsm_eps": 0.2, "pgd_eps": 0.1, "pgd_step": 0.05, "pgd_n_steps": 9}
@@ -304,7 +306,7 @@ def attack_mix(
     True
     """
     made = torch.empty(images.shape)
-    for i, name in enumerate(names):
+    for i, name in enumerate(names[: len(images)]):
         own = slice(i, None, len(names))
         made[own] = attacked(name, classifier, images[own], labels[own], cache, **attack_settings(name, parameters))
     return made

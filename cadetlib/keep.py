@@ -9,6 +9,8 @@ trained ones, so: keep the encoder first, run the notebooks with it, then keep t
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -56,7 +58,25 @@ def keep_results(folder: Path, kept: Path) -> list[Path]:
         target = kept / source.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         made.append(Path(shutil.copy(source, target)))
+        if source.suffix == ".html":
+            link_to_sources(target)
     return made
+
+
+def link_to_sources(report: Path) -> None:
+    """Executed notebooks are not kept: a report that linked to those beside it links to the notebooks themselves.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     report = record.write_atomically(f"{folder}/report.html", '<a href="00_setup.ipynb">')
+    ...     link_to_sources(report)
+    ...     target = report.read_text().split('"')[1]
+    ...     Path(folder, target).resolve() == record.checkout() / "notebooks" / "00_setup.ipynb"
+    True
+    """
+    notebooks = os.path.relpath(record.checkout() / "notebooks", report.parent)
+    page = re.sub(r'href="(\d\d_\w+\.ipynb)"', rf'href="{notebooks}/\1"', report.read_text(encoding="utf-8"))
+    record.write_atomically(report, page)
 
 
 def too_large(files: list[Path]) -> list[str]:

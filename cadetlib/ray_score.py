@@ -128,6 +128,23 @@ def _read(filesystem: Any, folder: str, path: str, size: int) -> score.Decoded:
     return _decoded(content, path, size)
 
 
+def _check_readable(images: str, paths: Sequence[str]) -> None:
+    """PermissionError when a store lists these images and gives none: each image of it would end as a row with an error."""
+    filesystem, folder = _place(images)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return
+    for path in paths:
+        try:
+            with filesystem.open_input_stream(f"{folder}/{path}", compression=None) as file:
+                file.read(1)
+            return
+        except OSError as error:
+            refused = error
+    raise PermissionError(
+        f"{images}: found images and could read none of the first {len(paths)} ({refused}), expected a key that may read them"
+    )
+
+
 # --- the stages ---------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +344,8 @@ def score_images(
     paths = _listed(images)
     done = set(_written(out))
     lacking = [path for path in paths if path not in done]
+    if not done:
+        _check_readable(images, paths[:_THREADS])
     score._say(f"{len(paths)} images, {len(paths) - len(lacking)} done")
     if lacking:
         _run(lacking, images, out, detector, threshold, actors, gpus, most)

@@ -35,6 +35,7 @@ class Store:
         ports = dict(zip([f"{part}.port{kind}" for part in self.parts for kind in ("", ".grpc")], free_ports(10), strict=True))
         self.ports, self.port = [*ports.values()], ports["s3.port"]
         rights = {"owner": ["Admin"], "lab": ["Read:bucket/lab*", "List:bucket/lab*", "Write:bucket/lab/p_values*"]}
+        rights["lister"] = ["List:bucket/lab*"]
         keys = {name: [{"accessKey": name, "secretKey": f"secret-of-{name}"}] for name in rights}
         identities = [{"name": name, "credentials": keys[name], "actions": rights[name]} for name in rights]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))

@@ -418,8 +418,9 @@ def test_what_cannot_be_learned_is_refused(classifier):
         DETECTORS["Mahalanobis"]().fit_features(X[:3], Y[:3])
     with pytest.raises(ValueError, match=r"k: found 50, expected at most the 40"):
         DETECTORS["kNN"]().fit_features(X[:40])
-    with pytest.raises(ValueError, match="outside 3 principal dimensions"):
-        DETECTORS["ViM"]().fit_features(X[:2], Y[:2], HEAD)
+    for name in ("Residual", "ViM"):
+        with pytest.raises(ValueError, match="outside 3 principal dimensions"):
+            DETECTORS[name]().fit_features(X[:2], Y[:2], HEAD)
     with pytest.raises(ValueError, match="labels: found 2 classes, expected each of the head's 3"):
         DETECTORS["SHE"]().fit_features(X, Y.clamp(max=1), HEAD)
     with pytest.raises(ValueError, match="step: found -1"):

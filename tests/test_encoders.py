@@ -266,6 +266,24 @@ def test_encode_refuses_other_shapes_and_nan(value, message):
         encoders.encode(Returns(value), images(2))
 
 
+class Counts(torch.nn.Module):
+    """The mean of each channel, and how many images it was given at a time."""
+
+    def forward(self, images):
+        self.given = [*getattr(self, "given", []), len(images)]
+        return images.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("training", "given"), [(False, [4, 4, 3]), (True, [11])])
+def test_a_cpu_gets_large_images_in_pieces_that_a_gradient_passes(training, given):
+    """Not in training mode, in which batch norm is of the whole batch."""
+    encoder, many = Counts().train(training), torch.rand(11, 3, 256, 256, requires_grad=True)  # four of these are 2^18 pixels
+    features = encoders.encode(encoder, many)
+    assert encoder.given == given and torch.equal(features, many.mean(dim=(2, 3)))
+    (gradient,) = torch.autograd.grad(features.sum(), many)
+    assert torch.allclose(gradient, torch.full_like(many, 1 / 256**2))
+
+
 def test_a_classifier_is_its_head_on_its_encoder():
     encoder, head = small(), nn.Linear(32, 5)
     classifier = Classifier(encoder, head)

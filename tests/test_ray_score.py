@@ -207,9 +207,13 @@ def upload(folder, uri):
 @needs_ray
 @needs_store
 @pytest.mark.parametrize("cluster", [2], indirect=True)
-def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, store, cluster, tmp_path):
+def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, detector, store, cluster, tmp_path):
     images, out, said = "s3://bucket/lab/images", "s3://bucket/lab/p_values", tmp_path / "said"
     upload(home / "images", "s3://owner:secret-of-owner@bucket/lab/images")
+    with pytest.raises(PermissionError, match=r"could read none of the first 8 .*ACCESS_DENIED.*expected a key"):
+        ray_score.score_images(detector, "s3://lister:secret-of-lister@bucket/lab/images", str(tmp_path / "refused"), 0.2)
+    assert not list(tmp_path.glob("refused/*.parquet"))
+
     options = ["--alpha", 0.2, "--actors", 1, "--images-per-file", 4, "--address", cluster.address]
     command = [sys.executable, "-m", "cadetlib.ray_score", *command_line(home, out, *options, images=images)]
 
