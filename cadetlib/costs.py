@@ -88,6 +88,7 @@ def of_profile(profile: str) -> list[Cost]:
     settings = (
         len(p1["snapshots"]) + 2 + _N_ENCODERS + len(p5["study_layers"]) + len(p5["study_crop_scales"]) + len(p5["study_sizes"])
     )
+    own = p5["study_n_views"] * len(p5["own_crop_scales"]) + sum(p5["own_n_views"])  # in the victim's features
     moved = (len(p5["study_victims"]) + 2) * (attacked_sets - 1) + len(p5["study_strengths"]) * attacked_sets
     return [
         Cost("01 contrastive") if p1["pretrained"] else _training(p1, "contrastive", n_train),
@@ -119,7 +120,7 @@ def of_profile(profile: str) -> list[Cost]:
         Cost("05 other backbones", forward=len(p5["other_backbones"]) * p5["crop_n_views"] * scored),
         Cost(
             "05 when an attack is seen",
-            forward=p5["study_n_views"] * study * (settings * (1 + attacked_sets) + moved),
+            forward=study * (p5["study_n_views"] * (settings * (1 + attacked_sets) + moved) + own * (1 + attacked_sets)),
             attacked=study * p4["pgd_n_steps"] * (len(p5["study_victims"]) + 3 + len(p5["study_strengths"])),
         ),
     ]
