@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
 FORMAT = "cadetlib.encoder"  # what its files say they are
-_CPU_PIXELS = 2**17  # 128 images of 32 pixels, 2 or 3 of 224; takes 0.4 to 0.7 of the time of all views of 20 images at once
+_CPU_PIXELS = 2**17  # 128 images of 32 pixels, 2 or 3 of 224: 0.4 to 0.7 of the time that the views of 20 images take at once
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS: dict[str, tuple[str, tuple[int, ...]]] = {  # torchvision's block, and how many a stage has
     "resnet10": ("BasicBlock", (1, 1, 1, 1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import cadetlib
 
+ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(Path(cadetlib.__file__).parent.glob("*.py"))
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -81,3 +83,14 @@ def main(): ...
 def test_every_public_name_has_an_example(file):
     missing = without_example(file.read_text())
     assert not missing, f"{file.name}: found no example of {', '.join(missing)}, expected one in each docstring"
+
+
+def test_the_readmes_table_of_own_features_is_what_was_kept():
+    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / "own_features.json").read_text())
+    given, page = kept["parameters"], (ROOT / "README.md").read_text()
+    assert (given["fgsm_eps"], given["pgd_eps"], kept["network"]) == (0.05, 0.02, "cifar:resnet20")
+    for label, name in {"FGSM, ε = 0.05": "FGSM", "PGD, ε = 0.02": "PGD", "random signs, 0.05": "random signs"}.items():
+        rows = [row for row in kept["rows"] if (row["anomaly"], row["n_views"]) == (name, 50)]
+        assert [row["crop_scale"] for row in rows] == [0.5, 0.75, 0.9, 0.97]
+        cells = [f"{100 * row['auroc']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" for row in rows]
+        assert " | ".join(["", label, *cells, ""]).strip() in page
