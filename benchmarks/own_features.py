@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from cadetlib import attack_study, backbones, experiments, parameters, record
+from cadetlib import attack_study, experiments, parameters, record
 from cadetlib.views import EvalViews
 
 SCALES, GRID = (0.5, 0.75, 0.9, 0.97), (2, 5, 10, 20, 50)
@@ -35,7 +35,7 @@ def main() -> None:
     rows = []
     for scale in SCALES:
         views = EvalViews(size, scale, given["flip"], seed)
-        sums = experiments.view_sums_of_sets(backbones.load(given["victim_name"]), sets, views, GRID, say=lambda _: None)
+        sums = experiments.view_sums_of_sets(victim.encoder, sets, views, GRID, say=lambda _: None)
         ask = experiments.Asker(sums, {name: name in moved for name in sets}, divisions)
         for n_views in GRID:
             for name in ask.anomalies:
