@@ -1,53 +1,103 @@
-"""Does CADet see an attack in the features of the very network that was attacked? CIFAR-10, public ResNet-20, nothing to train.
+"""Does CADet see an attack in the features of the very network that was attacked? On CIFAR-10, and nothing to train.
 
-    python benchmarks/own_features.py [--params params/cifar10-cpu/04_cadet_tables.yaml] [--out own_features.json]
+    python benchmarks/own_features.py [--network cifar:resnet20 | contrastive] [--params params/cifar10-cpu/04_cadet_tables.yaml]
 
+The public ResNet-20, or the contrastive encoder that the project keeps with a linear probe on its features for a classifier.
 Area and number of views are varied together, on all held-out images of notebook 04, with its attacks and its splits; notebook 05
-asks the same of fewer images. Ten minutes on two cores.
+asks the same of fewer images. Ten minutes on two cores, for the contrastive encoder half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from cadetlib import attack_study, experiments, parameters, record
+from torch import Tensor, nn
+
+from cadetlib import attack_study, comparison, data, encoders, experiments, parameters, record
+from cadetlib.experiments import IN_DISTRIBUTION, Row
 from cadetlib.views import EvalViews
 
 SCALES, GRID = (0.5, 0.75, 0.9, 0.97), (2, 5, 10, 20, 50)
+PARAMS = record.checkout() / "params" / "cifar10-cpu" / "04_cadet_tables.yaml"
+PROBE_IMAGES = 10000  # that the contrastive encoder's linear probe learns from, as in notebook 04
+
+
+def held_out(given: Mapping[str, Any]) -> data.ImageSet:
+    """The in-distribution images of notebook 04 with these parameters."""
+    images = experiments.labelled(given["in_distribution"], [], given["image_size"])
+    return experiments.some_of(images, given["n_held_out"], given["seed"])
+
+
+def attacked(victim: nn.Module, images: data.ImageSet, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """FGSM and PGD of notebook 04, and the control: random signs as large as FGSM's."""
+    moved = experiments.attack_all(["fgsm", "pgd"], victim, images.images, images.labels, given)
+    return moved | {attack_study.CONTROL: attack_study.random_signs(images.images, given["fgsm_eps"])}
+
+
+def rows_at(
+    encoder: nn.Module,
+    sets: Mapping[str, Tensor],
+    paired: Mapping[str, bool],
+    scale: float,
+    grid: Sequence[int],
+    given: Mapping[str, Any],
+    **about: Any,
+) -> Iterator[Row]:
+    """AUROC of the score, of m_in and of m_out against each set, with views of one area and each number of the grid."""
+    views = EvalViews(given["image_size"], scale, given["flip"], given["seed"])
+    sums = experiments.view_sums_of_sets(encoder, sets, views, grid, say=lambda _: None)
+    n = len(sets[IN_DISTRIBUTION])
+    divisions = experiments.splits(n, given["n_splits"], given["n_reference"], given["n_calibration"], seed=given["seed"])
+    ask = experiments.Asker(sums, paired, divisions)
+    for n_views in grid:
+        found = []
+        for name in ask.anomalies:
+            parts = {"m_in": experiments.m_in_only, "m_out": experiments.m_out_only}
+            halves = {part: ask(name, n_views, score)["auroc"] for part, score in parts.items()}
+            found.append(about | dict(crop_scale=scale, n_views=n_views) | ask(name, n_views) | halves)
+        told = ", ".join(f"{r['anomaly']} {r['auroc']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in found)
+        print(*(f"{key} {value}," for key, value in about.items()), f"area {scale}, {n_views} views: {told}", flush=True)
+        yield from found
+
+
+def write(file: Path, given: Mapping[str, Any], rows: Sequence[Row], **about: Any) -> None:
+    """What was asked and found, and on what."""
+    about |= dict(parameters=given, hardware=record.hardware(), versions=record.versions())
+    about |= dict(commit=record.git_state(record.checkout()))
+    record.write_atomically(file, json.dumps(about | dict(rows=list(rows)), indent=1))
+    print(f"written: {file}")
+
+
+def classifier(network: str) -> encoders.Classifier:
+    """The public network of that name, or the kept contrastive encoder with its own linear probe."""
+    if network != "contrastive":
+        return experiments.load_victim(Path(), {}, network)
+    file = record.checkout() / "outputs" / "reference" / "cifar10-cpu" / "pretraining" / network / "encoder.safetensors"
+    encoder = encoders.placed(encoders.load_encoder(file))
+    training = experiments.labelled("cifar10-train", [], encoder.image_size, PROBE_IMAGES)
+    return comparison.known(encoder, file, training).classifier
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--params", type=Path, default=record.checkout() / "params" / "cifar10-cpu" / "04_cadet_tables.yaml")
-    parser.add_argument("--out", type=Path, default=record.output_folder("bench") / "own_features.json")
+    parser.add_argument("--network", default="cifar:resnet20", help='"cifar:resnet20", "cifar:resnet56" or "contrastive"')
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="areas of a view")
+    parser.add_argument("--params", type=Path, default=PARAMS)
+    parser.add_argument("--out", type=Path, help="default: outputs/bench/own_features-<network>.json")
     options = parser.parse_args()
     given = parameters.read_yaml(options.params)
-    size, n, seed = given["image_size"], given["n_held_out"], given["seed"]
-    held_out = experiments.some_of(experiments.labelled(given["in_distribution"], [], size), n, seed)
-    victim = experiments.load_victim(Path(), {}, given["victim_name"])
-    moved = experiments.attack_all(["fgsm", "pgd"], victim, held_out.images, held_out.labels, given)
-    moved[attack_study.CONTROL] = attack_study.random_signs(held_out.images, given["fgsm_eps"])
-    sets = {"in-distribution": held_out.images} | moved
-    divisions = experiments.splits(len(held_out), given["n_splits"], given["n_reference"], given["n_calibration"], seed=seed)
-    rows = []
-    for scale in SCALES:
-        views = EvalViews(size, scale, given["flip"], seed)
-        sums = experiments.view_sums_of_sets(victim.encoder, sets, views, GRID, say=lambda _: None)
-        ask = experiments.Asker(sums, {name: name in moved for name in sets}, divisions)
-        for n_views in GRID:
-            for name in ask.anomalies:
-                parts = {"m_in": experiments.m_in_only, "m_out": experiments.m_out_only}
-                halves = {part: ask(name, n_views, score)["auroc"] for part, score in parts.items()}
-                rows.append(dict(crop_scale=scale, n_views=n_views) | ask(name, n_views) | halves)
-            found = [f"{r['anomaly']} {r['auroc']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in rows[-len(ask.anomalies) :]]
-            print(f"area {scale}, {n_views} views: " + ", ".join(found), flush=True)
-    about = dict(network=given["victim_name"], parameters=given)
-    about |= dict(hardware=record.hardware(), versions=record.versions(), commit=record.git_state(record.checkout()))
-    record.write_atomically(options.out, json.dumps(about | dict(rows=rows), indent=1))
-    print(f"written: {options.out}")
+    victim, images = classifier(options.network), held_out(given)
+    moved = attacked(victim, images, given)
+    strength = experiments.attack_strength(victim, images.images, images.labels, moved)
+    sets, paired = {IN_DISTRIBUTION: images.images} | moved, dict.fromkeys(moved, True)
+    rows = [row for s in options.scales for row in rows_at(victim.encoder, sets, paired, s, GRID, given)]
+    out = options.out or record.output_folder("bench") / f"own_features-{options.network.replace(':', '-')}.json"
+    write(out, given, rows, network=options.network, attacks=strength)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,40 @@ def test_every_public_name_has_an_example(file):
     assert not missing, f"{file.name}: found no example of {', '.join(missing)}, expected one in each docstring"
 
 
-def test_the_readmes_table_of_own_features_is_what_was_kept():
-    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / "own_features.json").read_text())
+ATTACKS = ("FGSM", "PGD", "random signs")
+
+
+@pytest.mark.parametrize(
+    ("file", "network", "scales", "labels"),
+    [
+        ("own_features", "cifar:resnet20", [0.5, 0.75, 0.9, 0.97], ("FGSM, ε = 0.05", "PGD, ε = 0.02", "random signs, 0.05")),
+        (
+            "own_features_contrastive",
+            "contrastive",
+            [0.75, 0.9, 0.97],
+            [f"its probe: {name}" for name in ATTACKS],
+        ),
+    ],
+)
+def test_the_readmes_tables_of_own_features_are_what_was_kept(file, network, scales, labels):
+    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / f"{file}.json").read_text())
     given, page = kept["parameters"], (ROOT / "README.md").read_text()
-    assert (given["fgsm_eps"], given["pgd_eps"], kept["network"]) == (0.05, 0.02, "cifar:resnet20")
-    for label, name in {"FGSM, ε = 0.05": "FGSM", "PGD, ε = 0.02": "PGD", "random signs, 0.05": "random signs"}.items():
+    assert (given["fgsm_eps"], given["pgd_eps"], kept["network"]) == (0.05, 0.02, network)
+    for label, name in zip(labels, ATTACKS, strict=True):
         rows = [row for row in kept["rows"] if (row["anomaly"], row["n_views"]) == (name, 50)]
-        assert [row["crop_scale"] for row in rows] == [0.5, 0.75, 0.9, 0.97]
-        cells = [f"{100 * row['auroc']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" for row in rows]
-        assert " | ".join(["", label, *cells, ""]).strip() in page
+        assert [row["crop_scale"] for row in rows] == scales
+        assert " | ".join(["", label, *map(cell, rows), ""]).strip() in page
+
+
+def test_the_readmes_table_of_the_training_curve_is_what_was_kept():
+    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / "training_curve.json").read_text())
+    page, asked = (ROOT / "README.md").read_text(), [(16, 0), (16, 4), (16, 12), (16, 20), (16, 26), (32, 0), (32, 26)]
+    labels = dict(zip(("svhn-first1083", "cifar100-first2000", "FGSM", "PGD"), ("SVHN", "CIFAR-100", "FGSM", "PGD"), strict=True))
+    for name, label in labels.items():
+        found = {(row["width"], row["epoch"]): row for row in kept["rows"] if row["anomaly"] == name}
+        assert " | ".join(["", label, *(cell(found[key]) for key in asked), ""]).strip() in page
+
+
+def cell(row):
+    """A row's AUROC as the README writes it."""
+    return f"{100 * row['auroc']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"

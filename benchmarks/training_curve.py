@@ -1,0 +1,75 @@
+"""What do longer training and more width bring? CADet with an encoder as it was after each epoch that its run kept.
+
+    python -m cadetlib.pretrain --params narrow.yaml --output narrow   # params/cifar10-cpu/01_pretraining.yaml, but width: 16
+    python benchmarks/training_curve.py narrow outputs/reference/cifar10-cpu/pretraining/contrastive
+
+Each folder is that of a pretraining; its encoder before any training is asked too. The images, the splits and the attacks, on the
+public ResNet-20, are those of notebook 04.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from own_features import PARAMS, attacked, held_out, rows_at, write
+from torch import nn
+
+from cadetlib import attack_study, data, encoders, experiments, parameters, plots, pretrain, record
+from cadetlib.experiments import IN_DISTRIBUTION, Row
+
+
+def stages(folder: Path) -> Iterator[tuple[int, float | None, nn.Module]]:
+    """Epoch, nearest-neighbour accuracy as logged, and encoder: untrained, at each snapshot, at the end."""
+    log = pretrain.read_log(folder / "log.jsonl")
+    accuracy = {round(line["epoch"]): line["knn_accuracy"] for line in log if "knn_accuracy" in line}
+    last = round(log[-1]["epoch"])
+    files = pretrain.snapshots(folder) | {last: folder / "encoder.safetensors"}
+    yield 0, None, attack_study.untrained(encoders.placed(encoders.load_encoder(files[last])))
+    for epoch, file in sorted(files.items()):
+        yield epoch, accuracy.get(epoch), encoders.placed(encoders.load_encoder(file))
+
+
+def panels(rows: Sequence[Row]) -> list[Row]:
+    """The rows as the figure of notebook 05 has them: each width's epochs, then the widths, all trained to their ends."""
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    last = {width: max(row["epoch"] for row in rows if row["width"] == width) for width in widths}
+    by_epoch = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in rows]
+    ends = [
+        row | dict(factor="width, trained to the end", value=row["width"]) for row in rows if row["epoch"] == last[row["width"]]
+    ]
+    return by_epoch + ends
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of pretrainings")
+    parser.add_argument("--unseen", nargs="*", default=["svhn-first1083", "cifar100-first2000"], help="sets beside the attacks")
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.75], help="areas of a view")
+    parser.add_argument("--n-views", type=int, default=20)
+    parser.add_argument("--params", type=Path, default=PARAMS)
+    parser.add_argument("--out", type=Path, default=record.output_folder("bench") / "training_curve.json")
+    options = parser.parse_args()
+    given = parameters.read_yaml(options.params)
+    images = held_out(given)
+    moved = attacked(experiments.load_victim(Path(), {}, given["victim_name"]), images, given)
+    chosen = [given[key] for key in ("n_unseen", "image_size", "in_distribution", "n_held_out", "seed")]
+    unseen = {name: experiments.anomalous(data.load(name), *chosen) for name in options.unseen}
+    sets = {IN_DISTRIBUTION: images.images} | unseen | moved
+    paired = dict.fromkeys(unseen, False) | dict.fromkeys(moved, True)
+    rows, runs = [], {}
+    for run in options.runs:
+        for epoch, accuracy, encoder in stages(run):
+            about = dict(width=encoder.config["width"], epoch=epoch, knn_accuracy=accuracy)
+            for scale in options.scales:
+                rows += rows_at(encoder, sets, paired, scale, [options.n_views], given, **about)
+        runs[encoder.config["width"]] = [line for line in pretrain.read_log(run / "log.jsonl") if "knn_accuracy" in line]
+    write(options.out, given, rows, runs=runs)
+    at = [row for row in rows if row["crop_scale"] == options.scales[0]]
+    options.out.with_suffix(".png").write_bytes(plots.png(plots.attack_study(panels(at))))
+
+
+if __name__ == "__main__":
+    main()
