@@ -23,7 +23,6 @@ from cadetlib.views import EvalViews
 
 SCALES, GRID = (0.5, 0.75, 0.9, 0.97), (2, 5, 10, 20, 50)
 PARAMS = record.checkout() / "params" / "cifar10-cpu" / "04_cadet_tables.yaml"
-PROBE_IMAGES = 10000  # that the contrastive encoder's linear probe learns from, as in notebook 04
 
 
 def held_out(given: Mapping[str, Any]) -> data.ImageSet:
@@ -72,13 +71,13 @@ def write(file: Path, given: Mapping[str, Any], rows: Sequence[Row], **about: An
     print(f"written: {file}")
 
 
-def classifier(network: str) -> encoders.Classifier:
-    """The public network of that name, or the kept contrastive encoder with its own linear probe."""
+def classifier(network: str, given: Mapping[str, Any]) -> encoders.Classifier:
+    """The public network of that name, or the profile's kept contrastive encoder with a linear probe on notebook 04's images."""
     if network != "contrastive":
         return experiments.load_victim(Path(), {}, network)
-    file = record.checkout() / "outputs" / "reference" / "cifar10-cpu" / "pretraining" / network / "encoder.safetensors"
+    file = record.checkout() / "outputs" / "reference" / given["profile"] / "pretraining" / network / "encoder.safetensors"
     encoder = encoders.placed(encoders.load_encoder(file))
-    training = experiments.labelled("cifar10-train", [], encoder.image_size, PROBE_IMAGES)
+    training = experiments.labelled(given["training"], [], given["image_size"], given["n_training"], given["seed"])
     return comparison.known(encoder, file, training).classifier
 
 
@@ -91,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: outputs/bench/own_features-<network>.json")
     options = parser.parse_args()
     given = parameters.read_yaml(options.params)
-    victim, images = classifier(options.network), held_out(given)
+    victim, images = classifier(options.network, given), held_out(given)
     moved = attacked(victim, images, given)
     strength = experiments.attack_strength(victim, images.images, images.labels, moved)
     sets, paired = {IN_DISTRIBUTION: images.images} | moved, dict.fromkeys(moved, True)

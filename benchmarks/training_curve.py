@@ -10,8 +10,10 @@ public ResNet-20, are those of notebook 04.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from own_features import PARAMS, attacked, held_out, rows_at, write
 from torch import nn
@@ -25,10 +27,16 @@ def stages(folder: Path) -> Iterator[tuple[int, float | None, nn.Module]]:
     log = pretrain.read_log(folder / "log.jsonl")
     accuracy = {round(line["epoch"]): line["knn_accuracy"] for line in log if "knn_accuracy" in line}
     last = round(log[-1]["epoch"])
-    files = pretrain.snapshots(folder) | {last: folder / "encoder.safetensors"}
+    files = pretrain.snapshots(folder) | {last: folder / pretrain.ENCODER}
     yield 0, None, attack_study.untrained(encoders.placed(encoders.load_encoder(files[last])))
     for epoch, file in sorted(files.items()):
         yield epoch, accuracy.get(epoch), encoders.placed(encoders.load_encoder(file))
+
+
+def trained_with(folder: Path) -> dict[str, Any]:
+    """The settings that a run's encoder was trained with, as its file has them."""
+    _, about = encoders.read_safetensors(folder / pretrain.ENCODER, encoders.FORMAT)
+    return json.loads(about["settings"])
 
 
 def panels(rows: Sequence[Row]) -> list[Row]:
@@ -36,10 +44,8 @@ def panels(rows: Sequence[Row]) -> list[Row]:
     widths = list(dict.fromkeys(row["width"] for row in rows))
     last = {width: max(row["epoch"] for row in rows if row["width"] == width) for width in widths}
     by_epoch = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in rows]
-    ends = [
-        row | dict(factor="width, trained to the end", value=row["width"]) for row in rows if row["epoch"] == last[row["width"]]
-    ]
-    return by_epoch + ends
+    ends = [row for row in rows if row["epoch"] == last[row["width"]]]
+    return by_epoch + [row | dict(factor="width, trained to the end", value=row["width"]) for row in ends]
 
 
 def main() -> None:
@@ -52,6 +58,12 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=PARAMS)
     parser.add_argument("--out", type=Path, default=record.output_folder("bench") / "training_curve.json")
     options = parser.parse_args()
+    settings = {run: trained_with(run) for run in options.runs}
+    runs = {about["width"]: run for run, about in settings.items()}
+    if len(runs) < len(options.runs):
+        parser.error(
+            f"runs: found widths {[about['width'] for about in settings.values()]}, expected a different one of each run"
+        )
     given = parameters.read_yaml(options.params)
     images = held_out(given)
     moved = attacked(experiments.load_victim(Path(), {}, given["victim_name"]), images, given)
@@ -59,14 +71,13 @@ def main() -> None:
     unseen = {name: experiments.anomalous(data.load(name), *chosen) for name in options.unseen}
     sets = {IN_DISTRIBUTION: images.images} | unseen | moved
     paired = dict.fromkeys(unseen, False) | dict.fromkeys(moved, True)
-    rows, runs = [], {}
-    for run in options.runs:
+    rows = []
+    for width, run in runs.items():
         for epoch, accuracy, encoder in stages(run):
-            about = dict(width=encoder.config["width"], epoch=epoch, knn_accuracy=accuracy)
+            about = dict(width=width, epoch=epoch, knn_accuracy=accuracy)
             for scale in options.scales:
                 rows += rows_at(encoder, sets, paired, scale, [options.n_views], given, **about)
-        runs[encoder.config["width"]] = [line for line in pretrain.read_log(run / "log.jsonl") if "knn_accuracy" in line]
-    write(options.out, given, rows, runs=runs)
+    write(options.out, given, rows, trained=list(settings.values()))
     at = [row for row in rows if row["crop_scale"] == options.scales[0]]
     options.out.with_suffix(".png").write_bytes(plots.png(plots.attack_study(panels(at))))
 
