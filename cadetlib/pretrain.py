@@ -446,6 +446,11 @@ def _training_images(settings: Settings) -> data.ImageSet:
     return _at_least_a_batch(images, settings)
 
 
+def _check_division(batch_size: int, world: int) -> None:
+    if batch_size < 2 or batch_size % world:
+        raise ValueError(f"batch_size: found {batch_size} on {world} processes, expected at least 2 and a multiple of {world}")
+
+
 def _at_least_a_batch(images: data.ImageSet, settings: Settings, of: str = "images") -> data.ImageSet:
     if len(images) < settings.batch_size:
         raise ValueError(f"batch_size: found {settings.batch_size} with {len(images)} {of}, expected at most one batch an epoch")
@@ -477,10 +482,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     world = distributed.get_world_size() if losses.is_distributed() else 1
     settings = replace(settings, dtype=embed.resolved_dtype(settings.dtype, device))
     embed.warn_of_emulation(settings.dtype, device)
-    if settings.batch_size < 2 or settings.batch_size % world:
-        raise ValueError(
-            f"batch_size: found {settings.batch_size} on {world} processes, expected at least 2 and a multiple of {world}"
-        )
+    _check_division(settings.batch_size, world)
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -961,6 +963,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = replace(settings, output=chosen.output or str(run_folder(settings)))
     # Only torchrun's own variables count: RANK and WORLD_SIZE may be left over from something else.
     if distributed.is_available() and distributed.is_torchelastic_launched():
+        # Before the processes meet: one that ended meanwhile would leave the others waiting for it.
+        _check_division(settings.batch_size, int(os.environ["WORLD_SIZE"]))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
