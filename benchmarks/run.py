@@ -14,17 +14,19 @@ import argparse
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cadetlib import detectors, embed, encoders, explored, mmd, plots, pretrain, record, widgets
+from cadetlib import detectors, embed, encoders, explored, mmd, plots, pretrain, processes, record, widgets
 from cadetlib.cadet import CADet, view_similarities
 from cadetlib.views import TrainViews
 
@@ -167,6 +169,39 @@ def training(batch_size: int = 64, dtype: str = FASTEST) -> list[Row]:
     return [row | {"images_per_second": batch_size / took}]
 
 
+def allocation(rounds: int = 3) -> list[Row]:
+    """(g) Training and scoring on a CPU with the memory kept that they free, as commands and notebooks do, and without.
+
+    Each measurement in a process of its own, in turn.
+    """
+    if DEVICE.type != "cpu":
+        return []
+    rows = []
+    for measure in (_training_step, _scoring_pass):
+        rounds_of = [[_in_a_new_process(measure, keep) for keep in (True, False)] for _ in range(rounds)]
+        kept, returned = (sorted(rows, key=lambda row: row["ours"])[rounds // 2] for rows in zip(*rounds_of, strict=True))
+        against = "memory given back to the system"
+        rows.append(dict(what=f"{kept['what']}, memory kept", against=against, ours=kept["ours"], other=returned["ours"]))
+    return rows
+
+
+def _in_a_new_process(measure: Callable[[bool], Row], keep: bool) -> Row:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, keep).result()
+
+
+def _training_step(keep: bool) -> Row:
+    if keep:
+        processes.keep_freed_memory()
+    return training(batch_size=256)[0]
+
+
+def _scoring_pass(keep: bool) -> Row:
+    if keep:
+        processes.keep_freed_memory()
+    return scoring()[-1]
+
+
 def post_hoc(n_train: int = 50_000, n_test: int = 10_000, dim: int = 512, n_classes: int = 10) -> list[Row]:
     """(e) Table 3's detectors on cached features and logits, fitted and asked once, against the minute that they may take."""
     head = torch.nn.Linear(dim, n_classes)
@@ -216,8 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=record.output_folder("bench"))
     folder = parser.parse_args().out
+    processes.keep_freed_memory()
     rows = []
-    for measure in (permutation_test, similarities, scoring, training, post_hoc, slider):
+    for measure in (permutation_test, similarities, scoring, training, post_hoc, slider, allocation):
         rows += measure()
         print(".", end="", flush=True)
     print("\n" + table(rows))

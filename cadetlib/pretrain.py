@@ -959,6 +959,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", help="folder of this run; default: the one in which notebook 01 looks for it")
     parser.add_argument("--objective", default="contrastive", choices=("contrastive", "supervised"))
     chosen = parser.parse_args(arguments)
+    processes.keep_freed_memory()
     settings = settings_from(parameters.read_yaml(chosen.params), chosen.objective)
     settings = replace(settings, output=chosen.output or str(run_folder(settings)))
     # Only torchrun's own variables count: RANK and WORLD_SIZE may be left over from something else.

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cadetlib import checks, data, encoders, record, score, thresholds
+from cadetlib import checks, data, encoders, processes, record, score, thresholds
 from cadetlib.cadet import CADet
 
 _LACK = ""
@@ -161,6 +161,7 @@ class _Scorer:
     """Stage 2, an actor: holds the detector and turns decoded images into rows."""
 
     def __init__(self, detector: Any, threshold: float, device: str) -> None:
+        processes.keep_freed_memory()
         self.detector: CADet = ray.get(detector)
         encoders.placed(self.detector.encoder, device)
         self.threshold = threshold

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cadetlib import parameters
+from cadetlib import parameters, processes
 
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "cadetlib")
 
@@ -546,6 +546,7 @@ def start(name: str, namespace: Mapping[str, Any]) -> Run:
 
     Takes the current values of the parameters that notebooks/<name>.ipynb declares, `profile` and `output` among them, and
     checks them once more, for a notebook can be run by papermill alone or by hand. ValueError as in `parameters.validate`.
+    The kernel keeps from then on the memory that it frees (`processes.keep_freed_memory`).
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -565,6 +566,7 @@ def start(name: str, namespace: Mapping[str, Any]) -> Run:
     values = parameters.validate(defaults, {key: namespace[key] for key in names if key in namespace}, name)
     folder = output_folder(values["profile"], values["output"])
     folder.mkdir(parents=True, exist_ok=True)
+    processes.keep_freed_memory()
     run_id = os.environ.get("CADET_RUN_ID") or uuid.uuid4().hex
     dry_run = values.get("dry_run", False) or is_dry_run(values["profile"])
     return Run(name, values, folder, run_id, git_state(checkout()), datetime.now(UTC), time.monotonic(), dry_run)

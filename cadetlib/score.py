@@ -934,6 +934,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of this module -> its exit code."""
     options = _parser().parse_args(arguments)
+    processes.keep_freed_memory()
     try:
         checks.at_least(options.workers, "workers", 1)
         return _run_fit(options) if options.command == "fit" else _run_score(options)

@@ -14,6 +14,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from cadetlib import processes
+
+processes.keep_freed_memory()  # as commands and notebooks do
 PARAMETERS = 'profile = "tiny"  # the profile\noutput = ""  # folder of the results\n'
 
 
