@@ -86,6 +86,11 @@ def test_every_public_name_has_an_example(file):
 
 
 ATTACKS = ("FGSM", "PGD", "random signs")
+OF_CIFAR = {"svhn-first1083": "SVHN", "cifar100-first2000": "CIFAR-100"}
+FIRST_TABLE = {
+    "digits": {"digits-7-to-9": "unseen: 7 to 9", "FGSM": "FGSM", "PGD": "PGD"},
+    "cifar10-cpu": OF_CIFAR | {"mnist-test": "MNIST", "flowers64": "flowers", "FGSM": "FGSM", "PGD": "PGD"},
+}
 
 
 @pytest.mark.parametrize(
@@ -108,10 +113,19 @@ def test_the_readmes_tables_of_own_features_are_what_was_kept(file, network, sca
 def test_the_readmes_table_of_the_training_curve_is_what_was_kept():
     kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / "training_curve.json").read_text())
     page, asked = (ROOT / "README.md").read_text(), [(16, 0), (16, 4), (16, 12), (16, 20), (16, 26), (32, 0), (32, 26)]
-    labels = {"svhn-first1083": "SVHN", "cifar100-first2000": "CIFAR-100"}
-    for name in [*labels, *ATTACKS]:
+    for name in [*OF_CIFAR, *ATTACKS]:
         found = {(row["width"], row["epoch"]): row for row in kept["rows"] if row["anomaly"] == name}
-        assert " | ".join(["", labels.get(name, name), *(cell(found[key]) for key in asked), ""]).strip() in page
+        assert " | ".join(["", OF_CIFAR.get(name, name), *(cell(found[key]) for key in asked), ""]).strip() in page
+
+
+def test_the_readmes_first_table_is_what_was_kept():
+    """Each number stands behind its row's name: the digits' after the first, CIFAR-10's after the second."""
+    page = (ROOT / "README.md").read_text()
+    for profile, labels in FIRST_TABLE.items():
+        kept = json.loads((ROOT / "outputs" / "reference" / profile / "04_cadet_tables.json").read_text())["results"]["rows"]
+        found = {row["anomaly"]: row for row in kept if (row["detector"], row["encoder"]) == ("CADet", "contrastive")}
+        for name, label in labels.items():
+            assert f"| {label} | {cell(found[name])} " in page, f"{profile}: {name} {cell(found[name])}"
 
 
 def cell(row):
