@@ -11,15 +11,14 @@ work and scaled up, which the table says.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +134,8 @@ def scoring(n_images: int = 40, n_views: int = 50) -> list[Row]:
     return rows
 
 
-def training(batch_size: int = 64, dtype: str = FASTEST) -> list[Row]:
-    """(d) a step of contrastive pretraining against forward, backward and step on random tensors of the same shape."""
+def training_steps(batch_size: int, dtype: str = FASTEST) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step of contrastive pretraining, and forward, backward and step on random tensors of the same shape."""
     settings = pretrain.Settings(
         arch="resnet18", width=32, stem="cifar", image_size=32, head_hidden=512, head_dim=128, batch_size=batch_size,
         optimizer="sgd", blur=0.0, jitter_strength=0.5, dtype=dtype, channels_last=True, tau=0.2,
@@ -161,7 +160,12 @@ def training(batch_size: int = 64, dtype: str = FASTEST) -> list[Row]:
     def ours() -> None:
         update(pretrain.training_loss(model, views, images, labels, numbers, 0, settings)[0])
 
-    took, floor = medians(ours, bare, repeats=7)
+    return ours, bare
+
+
+def training(batch_size: int = 64, dtype: str = FASTEST) -> list[Row]:
+    """(d) a step of contrastive pretraining against the same without its views and its loss."""
+    took, floor = medians(*training_steps(batch_size, dtype), repeats=7)
     what = f"contrastive training step, thin ResNet-18 at 32 x 32, batch {batch_size}, {dtype}"
     row = dict(
         what=what, against="bare forward, backward, step", ours=took, other=floor, wanted="at least 0.85 of its throughput"
@@ -169,37 +173,42 @@ def training(batch_size: int = 64, dtype: str = FASTEST) -> list[Row]:
     return [row | {"images_per_second": batch_size / took}]
 
 
-def allocation(rounds: int = 3) -> list[Row]:
+def allocation(rounds: int = 9) -> list[Row]:
     """(g) Training and scoring on a CPU with the memory kept that they free, as commands and notebooks do, and without.
 
-    Each measurement in a process of its own, in turn.
+    In turn, each after a pass that is not timed, for the first one after a change finds its memory.
     """
-    if DEVICE.type != "cpu":
+    if DEVICE.type != "cpu" or not processes.keep_freed_memory():
         return []
     rows = []
-    for measure in (_training_step, _scoring_pass):
-        rounds_of = [[_in_a_new_process(measure, keep) for keep in (True, False)] for _ in range(rounds)]
-        kept, returned = (sorted(rows, key=lambda row: row["ours"])[rounds // 2] for rows in zip(*rounds_of, strict=True))
-        against = "memory given back to the system"
-        rows.append(dict(what=f"{kept['what']}, memory kept", against=against, ours=kept["ours"], other=returned["ours"]))
+    for what, work in _works():
+        took: dict[bool, list[float]] = {True: [], False: []}
+        for keep in [True, False] * rounds:
+            processes.keep_freed_memory() if keep else _give_back_freed_memory()
+            work()
+            took[keep].append(seconds(work))
+        ours, other = (statistics.median(took[keep]) for keep in (True, False))
+        rows.append(dict(what=f"{what}, memory kept", against="memory given back to the system", ours=ours, other=other))
+    processes.keep_freed_memory()
     return rows
 
 
-def _in_a_new_process(measure: Callable[[bool], Row], keep: bool) -> Row:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, keep).result()
+def _give_back_freed_memory() -> None:
+    """glibc's own way, with the threshold at its highest, where it sets it by itself once such blocks have been freed."""
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in ((-4, 65536), (-3, 2**25), (-1, 2**26)):  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(parameter, value)
 
 
-def _training_step(keep: bool) -> Row:
-    if keep:
-        processes.keep_freed_memory()
-    return training(batch_size=256)[0]
-
-
-def _scoring_pass(keep: bool) -> Row:
-    if keep:
-        processes.keep_freed_memory()
-    return scoring()[-1]
+def _works() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is done over and over on a CPU: passes of a thin ResNet-18 at 32 x 32."""
+    encoder = encoders.ResNet("resnet18", width=32, stem="cifar", image_size=32).eval()
+    images = torch.rand(20, 3, 32, 32)
+    for dtype in dict.fromkeys(("float32", FASTEST)):
+        detector = CADet(encoder, n_views=50, dtype=dtype).fit(images[:4], images[4:12])
+        yield f"CADet scoring, 50 views, {dtype}", lambda detector=detector: detector.score_samples(images)
+    step, _ = training_steps(batch_size=256)
+    yield f"contrastive training step, batch 256, {FASTEST}", step
 
 
 def post_hoc(n_train: int = 50_000, n_test: int = 10_000, dim: int = 512, n_classes: int = 10) -> list[Row]:
