@@ -184,7 +184,7 @@ def allocation(rounds: int = 9) -> list[Row]:
     for what, work in _works():
         took: dict[bool, list[float]] = {True: [], False: []}
         for keep in [True, False] * rounds:
-            processes.keep_freed_memory() if keep else _give_back_freed_memory()
+            (processes.keep_freed_memory if keep else _give_back_freed_memory)()
             work()
             took[keep].append(seconds(work))
         ours, other = (statistics.median(took[keep]) for keep in (True, False))

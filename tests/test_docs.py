@@ -128,6 +128,38 @@ def test_the_readmes_first_table_is_what_was_kept():
             assert f"| {label} | {cell(found[name])} " in page, f"{profile}: {name} {cell(found[name])}"
 
 
+def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
+    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / "05_ablations.json").read_text())["results"]
+    found = {(row["factor"], row["value"], row["anomaly"]): row for row in kept["seen"]}
+    area, side, victim = "area of a view", "side of the input", "victim"
+
+    def percent(kind, asked, values, name):
+        return [f"{100 * found[kind, value, name][asked]:.0f}" for value in values]
+
+    sides = [32, 40, 48, 56]
+    fgsm, signs = (percent(side, "auroc", sides, name) for name in ("FGSM", "random signs"))
+    knn = {
+        row["side"]: {"auroc": row["knn_accuracy"], "low": row["knn_accuracy_low"], "high": row["knn_accuracy_high"]}
+        for row in kept["by_side"]
+    }
+    of_pgd = percent(victim, "auroc", ["supervised", "cifar:resnet20", "cifar:resnet56", "own probe"], "PGD")
+    said = [
+        "FGSM {} at area 0.9 and {} at 0.97 ({} and {} for *m_in* alone), {} at area 0.3".format(
+            *(cell(found[area, scale, "FGSM"]) for scale in (0.9, 0.97)),
+            *percent(area, "m_in", (0.9, 0.97), "FGSM"),
+            cell(found[area, 0.3, "FGSM"]),
+        ),
+        f"FGSM {', '.join(fgsm[:3])} and {cell(found[side, 56, 'FGSM'])} at 32, 40, 48 and 56 pixels",
+        f"random signs {', '.join(signs[:3])} and {signs[3]}",
+        f"(kNN {cell(knn[32])} at 32, {cell(knn[48])} at 48)",
+        f"the encoder's own probe, FGSM is at {cell(found[victim, 'own probe', 'FGSM'])}",
+        f"({min(of_pgd)} to {max(of_pgd)}), nor at any side ({cell(found[side, 56, 'PGD'])} at most)",
+    ]
+    page = " ".join((ROOT / "README.md").read_text().split())
+    assert [words for words in said if words not in page] == []
+    assert max(sides, key=lambda size: found[side, size, "PGD"]["auroc"]) == 56
+
+
 def cell(row):
     """A row's AUROC as the README writes it."""
     return f"{100 * row['auroc']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
