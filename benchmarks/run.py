@@ -195,9 +195,10 @@ def allocation(rounds: int = 9) -> list[Row]:
 
 def _give_back_freed_memory() -> None:
     """glibc's own way, with the threshold at its highest, where it sets it by itself once such blocks have been freed."""
-    mallopt = ctypes.CDLL(None).mallopt
+    libc = ctypes.CDLL(None)
     for parameter, value in ((-4, 65536), (-3, 2**25), (-1, 2**26)):  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(parameter, value)
+        libc.mallopt(parameter, value)
+    libc.malloc_trim(0)  # or what was kept before would still serve
 
 
 def _works() -> Iterator[tuple[str, Callable[[], Any]]]:

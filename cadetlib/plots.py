@@ -517,7 +517,7 @@ def speed(rows: Sequence[Row]) -> Figure:
     ratios = [row["other"] / row["ours"] for row in rows]
     with _figure(1, 8.6, 0.8 + 0.62 * len(rows)) as (figure, (axes,)):
         bars = axes.barh(range(len(rows)), ratios, color=COLOURS[0], height=0.45, left=0)
-        axes.bar_label(bars, labels=[f"{ratio:.3g}×" for ratio in ratios], padding=3)
+        axes.bar_label(bars, labels=[f"{ratio:.2f}×" if ratio < 10 else f"{ratio:,.0f}×" for ratio in ratios], padding=3)
         axes.axvline(1, color=GREY, lw=1, ls="--")
         names = [f"{row['what']}\nagainst {row['against']}" for row in rows]
         axes.set(yticks=range(len(rows)), xscale="log", xlabel="speed, as a multiple of what it is compared with")

@@ -46,7 +46,7 @@ def keep_freed_memory() -> bool:
     """Have this process keep the memory that it frees, for what it allocates next. Returns whether the C library does: glibc.
 
     A forward pass on a CPU allocates what the pass before it freed. glibc gives large blocks back to the system at once, which
-    has to find and to clear their pages anew: a fifth of the time of scoring in float32 (`make bench`). Afterwards the process
+    has to find and to clear their pages anew: a tenth to a fifth of scoring in float32 (`make bench`). Afterwards the process
     holds the most memory that it ever used at once. Results do not change. For commands and notebooks, which own their process.
 
     >>> keep_freed_memory() in (True, False)
