@@ -807,6 +807,15 @@ def missing_weights(given: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def public_weights(given: Mapping[str, Any]) -> list[str]:
+    """What `pretrained` and `supervised_pretrained` take from torchvision or timm by name.
+
+    >>> public_weights({"pretrained": "weights/file.pth", "supervised_pretrained": "torchvision:resnet50"})
+    ['torchvision:resnet50']
+    """
+    return [given[k] for k in TAKEN.values() if _is_named(given.get(k, ""))]
+
+
 def origin(folder: Path) -> str:
     """Where the encoder in a run's folder is from, in words.
 
@@ -874,12 +883,31 @@ def _head_of(name: str, parameter: str, images: data.ImageSet) -> nn.Linear:
 # --- a process of its own ---------------------------------------------------------------------------------------------------
 
 
+def n_processes(asked: int, n_gpus: int) -> int:
+    """How many processes train: as asked, but on GPUs one for each at most, aloud. The batch is divided among them all.
+
+    >>> n_processes(8, n_gpus=4)
+    pretraining: found 4 GPUs for 8 processes; going on with 4, which give the same training up to rounding
+    4
+    >>> n_processes(2, n_gpus=0), n_processes(1, n_gpus=8)
+    (2, 1)
+    """
+    if not n_gpus or asked <= n_gpus:
+        return asked
+    _say(
+        f"pretraining: found {n_gpus} GPUs for {asked} processes; going on with {n_gpus}, which give the same training up to "
+        "rounding"
+    )
+    return n_gpus
+
+
 def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     """Train in a subprocess of its own with these parameters, its lines printed here; returns the folder of the run.
 
     A finished run is found in its `run_folder` and not repeated.
-    `processes` > 1 starts that many with torchrun. The child's environment holds no distributed variables, and interrupting
-    this call, or the end of this process, ends the whole group. RuntimeError when the training did not finish.
+    `processes` > 1 starts that many with torchrun, but not more than there are GPUs when there are any. The child's environment
+    holds no distributed variables, and interrupting this call, or the end of this process, ends the whole group. RuntimeError
+    when the training did not finish.
 
     >>> launch({"epocs": 3})
     Traceback (most recent call last):
@@ -891,7 +919,7 @@ def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "parameters.yaml"
     file.write_text(yaml.safe_dump(dict(given), sort_keys=False))
-    number = int(given.get("processes", 1))
+    number = n_processes(int(given.get("processes", 1)), torch.cuda.device_count())
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m"] if number > 1 else []
     command = [sys.executable, "-m", *torchrun, "cadetlib.pretrain", "--params", str(file), "--objective", objective]
     command += ["--output", str(folder)]
@@ -931,6 +959,16 @@ def _end(child: subprocess.Popen[str]) -> None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
+def _gpu_of(local_rank: int, n_gpus: int) -> int:
+    """The GPU of one of this machine's processes, its own; ValueError when there are more processes than GPUs."""
+    if local_rank >= n_gpus:
+        raise ValueError(
+            f"torchrun: found process {local_rank + 1} of this machine and {n_gpus} GPUs, expected a GPU for each process: start "
+            f"it with --nproc-per-node {n_gpus}"
+        )
+    return local_rank
+
+
 def _store_of_this_start() -> tuple[distributed.Store, int, int]:
     """torchrun's store with keys of this start alone, this process's rank, and how many there are.
 
@@ -968,7 +1006,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_division(settings.batch_size, int(os.environ["WORLD_SIZE"]))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(_gpu_of(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         processes.die_with_parent()  # torchrun puts each process into a session of its own
         store, rank, world = _store_of_this_start()
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world)

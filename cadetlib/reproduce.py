@@ -74,6 +74,11 @@ class Notebook:
         """The digits before the first underscore."""
         return self.name.split("_")[0]
 
+    @property
+    def processes(self) -> int:
+        """How many it starts at a time, one a GPU."""
+        return max(1, int(self.parameters.get("processes", 1)))
+
 
 # --- what is to be run --------------------------------------------------------------------------------------------------
 
@@ -213,17 +218,19 @@ def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
 
 
 def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
-    """For each file of weights that a notebook is to take from others and that is not there, what to do about it.
+    """For each encoder of others that a notebook is to use and whose weights are not there, what to do about it.
 
     >>> missing_weights(notebooks_of("digits"))
     []
     """
-    named = [n.parameters for n in notebooks if n.parameters.get("pretrained") or n.parameters.get("supervised_pretrained")]
-    if not named:
+    taken = [n.parameters for n in notebooks if n.parameters.get("pretrained") or n.parameters.get("supervised_pretrained")]
+    others = [name for n in notebooks for name in n.parameters.get("other_backbones", [])]
+    if not (taken or others):
         return []
-    from cadetlib import pretrain
+    from cadetlib import backbones, pretrain
 
-    return [line for given in named for line in pretrain.missing_weights(given)]
+    others += [name for given in taken for name in pretrain.public_weights(given)]
+    return [line for given in taken for line in pretrain.missing_weights(given)] + backbones.missing(others)
 
 
 # --- what is done -------------------------------------------------------------------------------------------------------
@@ -321,7 +328,7 @@ class _Child:
     notebook: Notebook
     key: str
     run_id: str
-    slot: str | None
+    slots: list[str | None]
     process: subprocess.Popen[str]
     printer: threading.Thread
     started: float
@@ -342,7 +349,10 @@ def _say(text: str) -> None:
 
 
 def _run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]) -> dict[str, _Outcome]:
-    """Run what is not done, each as soon as what it needs is there and a slot is free; after a failure nothing new is begun."""
+    """Run what is not done, each as soon as what it needs is there and a slot is free; after a failure nothing new is begun.
+
+    A notebook that starts several processes waits for a GPU for each, or for all GPUs when they are fewer.
+    """
     waiting, running, free = list(selected), list[_Child](), list(slots)
     outcomes: dict[str, _Outcome] = {}
     place = {n.name: f"[{i}/{len(selected)}] {n.name}" for i, n in enumerate(selected, 1)}
@@ -350,7 +360,8 @@ def _run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]
         while running or (waiting and not _failed(outcomes)):
             unfinished = {n.name for n in waiting} | {child.notebook.name for child in running}
             ready = [n for n in waiting if not unfinished & set(n.needs)]
-            if ready and free and not _failed(outcomes):
+            n_slots = min(ready[0].processes, len(slots)) if ready else 0
+            if ready and len(free) >= n_slots and not _failed(outcomes):
                 notebook = ready[0]
                 waiting.remove(notebook)
                 key = key_of(notebook, job.folder, job.library, job.data)
@@ -359,12 +370,13 @@ def _run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]
                     _say(f"{place[notebook.name]} skipped, unchanged")
                 else:
                     _say(place[notebook.name])
-                    running.append(_begin(notebook, key, job, free.pop(0), len(slots)))
+                    taken, free = free[:n_slots], free[n_slots:]
+                    running.append(_begin(notebook, key, job, taken, len(slots)))
                 continue
             time.sleep(0.1)
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
-                free.append(child.slot)
+                free += child.slots
                 outcome = outcomes[child.notebook.name] = _finish(child, job)
                 _say(f"{place[child.notebook.name]} {outcome.state}, {outcome.seconds:.1f} s")
     finally:
@@ -376,7 +388,7 @@ def _failed(outcomes: Mapping[str, _Outcome]) -> bool:
     return any(outcome.failure for outcome in outcomes.values())
 
 
-def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: int) -> _Child:
+def _begin(notebook: Notebook, key: str, job: Job, slots: Sequence[str | None], n_slots: int) -> _Child:
     """Start papermill on a notebook, in a process of its own under `_supervise`."""
     executed, log = job.folder / f"{notebook.name}.ipynb", job.folder / "logs" / f"{notebook.name}.log"
     for stale in (_done_file(job.folder, notebook.name), executed):
@@ -386,7 +398,7 @@ def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: in
     process = subprocess.Popen(
         _supervised(_papermill(notebook, executed, job)),
         cwd=job.root,
-        env=_environment(job, run_id, slot, n_slots),
+        env=_environment(job, run_id, slots, n_slots),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -397,7 +409,7 @@ def _begin(notebook: Notebook, key: str, job: Job, slot: str | None, n_slots: in
     prefix = f"{notebook.number} | " if n_slots > 1 else "    "
     printer = threading.Thread(target=_print_and_log, args=(process, log, prefix), daemon=True)
     printer.start()
-    return _Child(notebook, key, run_id, slot, process, printer, time.monotonic())
+    return _Child(notebook, key, run_id, list(slots), process, printer, time.monotonic())
 
 
 def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
@@ -409,18 +421,18 @@ def _papermill(notebook: Notebook, executed: Path, job: Job) -> list[str]:
     return [sys.executable, "-m", "papermill", source, target, "-f", file, *output, *options]
 
 
-def _environment(job: Job, run_id: str, slot: str | None, n_slots: int) -> dict[str, str]:
-    """The child's environment: this package and data root, no network, no stale distributed variables, --force, its GPU."""
+def _environment(job: Job, run_id: str, slots: Sequence[str | None], n_slots: int) -> dict[str, str]:
+    """The child's environment: this package and data root, no network, no stale distributed variables, --force, its GPUs."""
     kept = processes.without_distributed(os.environ)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), kept.get("PYTHONPATH")]))
     environment = OFFLINE | PATIENT | kept | QUIET | {"CADET_ROOT": str(job.root), "CADET_RUN_ID": run_id, "PYTHONPATH": path}
     environment["CADET_FORCE"] = str(int(job.force))
     if kept.get("CADET_DATA"):
         environment["CADET_DATA"] = str(Path(kept["CADET_DATA"]).expanduser().absolute())
-    if slot is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = slot
+    if gpus := [slot for slot in slots if slot is not None]:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if n_slots > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_slots)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) * len(slots) // n_slots)))
     return environment
 
 
@@ -620,7 +632,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("profile", help="a folder of params/, such as digits")
     parser.add_argument("--only", metavar="02,04", help="these notebooks alone; what they need must be on disk")
     parser.add_argument("--force", action="store_true", help=FORCE)
-    parser.add_argument("--gpus", metavar="0,1", help="run notebooks side by side, one on each of these GPUs")
+    parser.add_argument(
+        "--gpus",
+        metavar="0,1",
+        help="run notebooks side by side, one on each of these GPUs (pretraining: on all, up to its `processes`)",
+    )
     parser.add_argument("--output", metavar="DIR", default="", help="folder of the results (outputs/PROFILE in the checkout)")
     slurm = parser.add_argument_group("on a cluster")
     slurm.add_argument("--slurm", action="store_true", help="submit each notebook as a job, after those it needs; wait for none")

@@ -132,6 +132,6 @@ def _executor(job: reproduce.Job, request: Request, notebook: reproduce.Notebook
         raise ValueError(f"--slurm: found no Slurm here ({error}), expected its commands sbatch and srun") from error
     dependency = dict(slurm_dependency=":".join(["afterok", *after])) if after else {}
     extra = {"kill-on-invalid-dep": "yes"} if after else {}  # else it would wait for ever when one of those fails
-    options = request.options(int(notebook.parameters.get("processes", 1)))
+    options = request.options(notebook.processes)
     executor.update_parameters(name=f"cadet-{notebook.name}", **options, **dependency, slurm_additional_parameters=extra)
     return executor

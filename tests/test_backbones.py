@@ -1,10 +1,13 @@
 """CADet on other encoders: each row is what CADet itself gives with that encoder."""
 
+import huggingface_hub
 import pytest
+import timm
 import torch
 from torch import nn
+from torchvision import models
 
-from cadetlib import backbones, encoders, experiments, metrics
+from cadetlib import backbones, encoders, experiments, metrics, reproduce
 from cadetlib.cadet import CADet
 from cadetlib.views import EvalViews
 
@@ -40,3 +43,48 @@ def test_backbones_by_name(tmp_path):
     assert isinstance(loaded, nn.Module) and loaded.image_size == 8 and not loaded.training
     with pytest.raises(ValueError, match="expected 'torchvision:NAME'"):
         backbones.load("resnet50")
+
+
+def test_weights_that_are_not_on_this_machine_are_said_before_a_notebook_asks_for_them(tmp_path, monkeypatch):
+    vit, resnet = "timm:vit_small_patch16_224.dino", "torchvision:resnet101"
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda repo, file: _in_cache(cache, repo, file)
+    )  # its own default for the folder was read at import
+    monkeypatch.setenv("CADET_DATA", str(tmp_path))
+    lines = backbones.missing([vit, resnet, "cifar:resnet20", "timm:no_such_model", resnet])
+    assert [line.partition(" on this machine")[0] for line in lines[:2]] == [
+        f"found no weights of {name}" for name in (vit, resnet)
+    ]
+    assert f"python -m cadetlib.backbones {resnet}" in lines[1] and "resnet20-12fca82f.th" in lines[2] and len(lines) == 3
+    said = [line for n in reproduce.notebooks_of("imagenet-pretrained") for line in reproduce.missing_weights([n])]
+    assert [name for name in (vit, resnet, "torchvision:resnet50") if any(f"weights of {name} " in line for line in said)] == [
+        vit,
+        resnet,
+        "torchvision:resnet50",
+    ]
+
+    url = models.get_model_weights("resnet101").IMAGENET1K_V1.url
+    file = tmp_path / "checkpoints" / url.rpartition("/")[2]
+    file.parent.mkdir()
+    file.touch()
+    snapshot = cache / f"models--{timm.models.get_pretrained_cfg(vit[5:]).hf_hub_id.replace('/', '--')}"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("abc")
+    (snapshot / "snapshots" / "abc").mkdir(parents=True)
+    (snapshot / "snapshots" / "abc" / "model.safetensors").touch()
+    assert backbones.missing([vit, resnet]) == []
+
+
+def _in_cache(cache, repo, file, look=huggingface_hub.try_to_load_from_cache):
+    return look(repo, file, cache_dir=cache)
+
+
+def test_the_command_fetches_what_it_can_and_says_the_rest(tmp_path, capsys):
+    file = encoders.save_encoder(encoders.ResNet("resnet10", width=4, stem="cifar", image_size=8), tmp_path / "e.safetensors")
+    assert backbones.main([str(file)]) == 0
+    assert backbones.main(["torchvision:nothing", str(file)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[0] == said[2] and "images of side 8" in said[0]
+    assert "found no model 'nothing'" in said[1]

@@ -215,6 +215,25 @@ def test_launch_goes_on_only_with_equal_settings(monkeypatch, tmp_path):
     assert len({folder(), folder(tau=0.2), folder(seed=4), folder("supervised"), folder("supervised", supervised_epochs=9)}) == 5
 
 
+def test_no_more_processes_than_gpus(monkeypatch, tmp_path, capsys):
+    """Eight are asked for, as by the paper's parameters, and two GPUs are here; torchrun itself may still be told otherwise."""
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(pretrain.subprocess, "Popen", popen)
+    for asked in (8, 1):
+        with pytest.raises(InterruptedError):
+            pretrain.launch(TINY | dict(output=str(tmp_path), processes=asked))
+    assert commands[0][commands[0].index("--nproc-per-node") + 1] == "2" and "--nproc-per-node" not in commands[1]
+    assert "found 2 GPUs for 8 processes; going on with 2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="found process 3 of this machine and 2 GPUs, expected a GPU for each process"):
+        pretrain._gpu_of(2, torch.cuda.device_count())
+
+
 def test_launch_says_what_went_wrong(tmp_path):
     with pytest.raises(RuntimeError, match=r"exit code 1; its last lines:\n(.*\n)*.*batch_size: found 1000 with 797 images"):
         pretrain.launch(TINY | dict(batch_size=1000, output=str(tmp_path)))

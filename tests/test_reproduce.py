@@ -276,6 +276,19 @@ def test_gpus_take_notebooks_side_by_side(checkout, write_notebook, capsys, monk
     assert not reproduce.is_done(output, "01_b")
 
 
+@pytest.mark.slow
+def test_a_notebook_of_several_processes_gets_a_gpu_for_each_or_all_there_are(checkout, write_notebook, monkeypatch):
+    save = "import os\nrun.save(gpus=os.environ['CUDA_VISIBLE_DEVICES'])"
+    write_notebook("00_a", save, parameters="processes = 3  # of torchrun\n", yaml="processes: 3\n")
+    write_notebook("01_b", "run.need('00_a')", save)
+    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["4", "7", "8", "9"])
+    for asked, expected in (("0,1,2,3", "4,7,8"), ("0,1", "4,7")):
+        output = checkout / asked
+        assert reproduce.main(["tiny", "--gpus", asked, "--output", str(output)]) == 0
+        first, second = (record.load(output / f"{name}.json")[0]["gpus"] for name in ("00_a", "01_b"))
+        assert first == expected and "," not in second
+
+
 # --- failures and kills ---------------------------------------------------------------------------------------------------
 
 SLOW = """
