@@ -37,8 +37,12 @@ if TYPE_CHECKING:
     import PIL.Image
 
 KINDS = ".png, .jpg or another ending of images that Pillow reads"
+_SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # what Pillow reads from these as 32-bit integers, mode I, has 16 bits
 _NO_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names and cannot read them by itself
-MNIST_MD5 = "2646ac647ad5339dbf082846283269ea"  # of t10k-images-idx3-ubyte, uncompressed
+MNIST_MD5 = {  # of the official files, unpacked, since some packed them again
+    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+}
 
 
 @dataclass(frozen=True)
@@ -204,8 +208,11 @@ def _digits_unseen(folder: Path, name: str, _: bool) -> ImageSet:
     return _digits(folder, name, False).of_classes([7, 8, 9])
 
 
-def _torchvision_set(class_name: str, split: Mapping[str, Any]) -> Callable[[Path, str, bool], ImageSet]:
-    """A set read by torchvision, which compares every file with its official md5 before it opens it."""
+def _torchvision_set(class_name: str, split: Mapping[str, Any], place: str) -> Callable[[Path, str, bool], ImageSet]:
+    """A set read by torchvision, which compares every file with its official md5 before it opens it.
+
+    Of missing files and of damaged ones it says the same; `place` below the data root tells them apart.
+    """
 
     def load(folder: Path, name: str, download: bool) -> ImageSet:
         from torchvision import datasets
@@ -213,7 +220,8 @@ def _torchvision_set(class_name: str, split: Mapping[str, Any]) -> Callable[[Pat
         try:
             found = getattr(datasets, class_name)(folder, **split, download=download)
         except RuntimeError as error:
-            raise FileNotFoundError(f"{error}".splitlines()[0]) from error
+            why = str(error).splitlines()[0]
+            raise (ValueError(why) if (folder / place).exists() else FileNotFoundError(why)) from error
         images = found.data if class_name != "SVHN" else found.data.transpose(0, 2, 3, 1)
         labels = found.targets if hasattr(found, "targets") else found.labels
         return ImageSet(name, _rgb(np.asarray(images)), torch.as_tensor(np.asarray(labels)).long())
@@ -264,19 +272,31 @@ def _archive(path: str, labels: str | None) -> Callable[[Path, str, bool], Image
 
 
 def _mnist(folder: Path, name: str, download: bool) -> ImageSet:
-    if download and not (folder / "mnist").exists():
-        from torchvision import datasets
-        from torchvision.datasets.utils import download_url
+    from torchvision import datasets
+    from torchvision.datasets.utils import download_url
 
-        for file, md5 in datasets.MNIST.resources[2:]:  # the test set's images and labels
-            download_url(datasets.MNIST.mirrors[0] + file, folder / "mnist", md5=md5)
-    raw = gzip.decompress(_existing(folder / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress(_existing(folder / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
-    if hashlib.md5(raw).hexdigest() != MNIST_MD5:
-        raise ValueError(f"found images whose md5 is not the official {MNIST_MD5}")
-    images = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    return ImageSet(name, _rgb(padded), torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).copy()).long())
+    packed = dict(datasets.MNIST.resources[2:])  # the test set's images and labels -> md5
+    raw = {}
+    for file, expected in MNIST_MD5.items():
+        path = folder / "mnist" / file
+        if download and not (path.exists() and _md5_unpacked(path) == expected):
+            download_url(datasets.MNIST.mirrors[0] + file, path.parent, md5=packed[file])
+        raw[file] = gzip.decompress(_existing(path).read_bytes())
+        if (found := hashlib.md5(raw[file]).hexdigest()) != expected:
+            raise ValueError(f"{file}: found md5 {found} unpacked, expected {expected}")
+    images, labels = (
+        torch.from_numpy(np.frombuffer(raw[file], np.uint8, offset=n).copy()) for file, n in zip(raw, (16, 8), strict=True)
+    )
+    padded = np.pad(images.numpy().reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    return ImageSet(name, _rgb(padded), labels.long())
+
+
+def _md5_unpacked(path: Path) -> str:
+    """Of a gzip's content; "" when it is no whole gzip."""
+    try:
+        return hashlib.md5(gzip.decompress(path.read_bytes())).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        return ""
 
 
 # --- image files --------------------------------------------------------------------------------------------------------
@@ -387,12 +407,16 @@ def opened_image(path: Path) -> Iterator[PIL.Image.Image]:
 def upright_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
     """The image decoded: turned as its EXIF tells, RGB, 16-bit greys scaled to 8 bits.
 
+    ValueError for 32 bits, whose white may be anything.
+
     >>> from PIL import Image
     >>> upright_rgb(Image.new("I;16", (1, 1), 514)).getpixel((0, 0))  # 514 of 65,535 is 2 of 255
     (2, 2, 2)
     """
     from PIL import Image, ImageOps
 
+    if opened.mode == "F" or (opened.mode == "I" and opened.format not in _SIXTEEN_BITS):
+        raise ValueError(f"found 32-bit pixels ({opened.format}, mode {opened.mode}), expected 8 or 16 bits: convert it")
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
@@ -479,6 +503,7 @@ def _part(whole: str, part: slice, merged: int = 1) -> _Source:
     return _Source(load, imagenet.SETS[whole].get)
 
 
+FOLDER = "folder"  # "folder:PATH" names the images below any folder
 _DOWNLOAD = "run `python -m cadetlib.data download {name}`"
 _BY_HAND = "put it there; it is a small cut of a public set, and the full set goes by another name"
 SOURCES: dict[str, _Source] = {
@@ -488,13 +513,13 @@ SOURCES: dict[str, _Source] = {
     "digits-first-writers": _Source(_digits_writers(True), "install scikit-learn"),
     "digits-last-writers": _Source(_digits_writers(False), "install scikit-learn"),
     "digits-7-to-9": _Source(_digits_unseen, "install scikit-learn"),
-    "cifar10-train": _Source(_torchvision_set("CIFAR10", {"train": True}), _DOWNLOAD, True),
-    "cifar10-test": _Source(_torchvision_set("CIFAR10", {"train": False}), _DOWNLOAD, True),
+    "cifar10-train": _Source(_torchvision_set("CIFAR10", {"train": True}, "cifar-10-batches-py"), _DOWNLOAD, True),
+    "cifar10-test": _Source(_torchvision_set("CIFAR10", {"train": False}, "cifar-10-batches-py"), _DOWNLOAD, True),
     "cifar10.1-v6": _Source(_cifar10_1("v6", 2000), _DOWNLOAD, True),
     "cifar10.1-v4": _Source(_cifar10_1("v4", 2021), _DOWNLOAD, True),
-    "cifar100-test": _Source(_torchvision_set("CIFAR100", {"train": False}), _DOWNLOAD, True),
+    "cifar100-test": _Source(_torchvision_set("CIFAR100", {"train": False}, "cifar-100-python"), _DOWNLOAD, True),
     "cifar100-first2000": _Source(_archive("cifar100/cifar100_test_first2000.npz", "fine_labels"), _BY_HAND),
-    "svhn-test": _Source(_torchvision_set("SVHN", {"split": "test"}), _DOWNLOAD, True),
+    "svhn-test": _Source(_torchvision_set("SVHN", {"split": "test"}, "test_32x32.mat"), _DOWNLOAD, True),
     "svhn-first1083": _Source(_archive("svhn/svhn_train_first1083.npz", None), _BY_HAND),
     "mnist-test": _Source(_mnist, _DOWNLOAD, True),
     "flowers64": _Source(_folder("flowers64", 64), _BY_HAND),
@@ -507,8 +532,10 @@ SOURCES: dict[str, _Source] = {
 
 
 def load(name: str, download: bool = False) -> ImageSet:
-    """The image set of that name, one of SOURCES, after a colon with a corruption. FileNotFoundError says where it was looked
-    for and how to get it, ValueError what is wrong with the files that are there.
+    """The image set of that name: one of SOURCES, after a colon with a corruption, or "folder:PATH", the images below a folder.
+
+    A relative PATH begins at the data root; sub-folders are labels. FileNotFoundError says where it was looked for and how to
+    get it, ValueError what is wrong with the files that are there.
 
     >>> len(load("digits"))
     1797
@@ -516,10 +543,12 @@ def load(name: str, download: bool = False) -> ImageSet:
     'digits:gaussian_blur-2'
     """
     name, _, shift = name.partition(":")
+    if name == FOLDER:
+        return folder_set(root() / Path(shift).expanduser(), f"{FOLDER}:{shift}")
     if shift:
         return _corrupted(load(name, download), shift)
     if name not in SOURCES:
-        raise ValueError(f"data: found no set named {name!r}, expected one of {list(SOURCES)}")
+        raise ValueError(f"data: found no set named {name!r}, expected one of {list(SOURCES)} or folder:PATH")
     source = SOURCES[name]
     step = source.get.format(name=name)
     try:
@@ -601,6 +630,10 @@ def split(n: int, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
     return dict(zip(sizes, order[:wanted].split(list(sizes.values())), strict=True))
 
 
+def _state(error: Exception) -> str:
+    return "MISSING" if isinstance(error, FileNotFoundError) else "NOT RIGHT"
+
+
 def check_profile(profile: str) -> bool:
     """Print one table of all sets that a profile's parameters name, and how to get what is missing; True when all are there.
 
@@ -618,7 +651,7 @@ def check_profile(profile: str) -> bool:
         try:
             state, n = "there", str(len(load(name)))
         except (FileNotFoundError, ValueError) as error:
-            state, n = "MISSING" if isinstance(error, FileNotFoundError) else "NOT RIGHT", "-"
+            state, n = _state(error), "-"
             steps.append(f"{error}" + (f"\n  checksum: {expected.checksum}" if expected else ""))
         counts = (n, str(expected.n_images) if expected else "", str(expected.n_classes or "") if expected else "")
         rows.append((name, state, *counts, " ".join(notebooks)))
@@ -644,7 +677,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{name:20} {len(load(name, arguments[0] == 'download'))} images")
         except (FileNotFoundError, ValueError) as error:
             complete = False
-            print(f"{name:20} MISSING: {error}")
+            print(f"{name:20} {_state(error)}: {error}")
     return 0 if complete else 1
 
 

@@ -182,7 +182,7 @@ def mnist(root, images, labels=b"12345678\x01\x02"):
 
 
 def other_mnist(root):
-    return mnist(root, gzip.compress(bytes(16 + 784))), "md5 is not the official"
+    return mnist(root, gzip.compress(bytes(16 + 784))), "found md5"
 
 
 def truncated_mnist(root):
@@ -215,8 +215,10 @@ def test_small_sets_are_read_as_they_are_written(root, monkeypatch):
 
     numbers = rng.integers(256, size=(3, 28, 28), dtype=np.uint8)
     raw = bytes(16) + numbers.tobytes()
-    monkeypatch.setattr(data, "MNIST_MD5", hashlib.md5(raw).hexdigest())
-    mnist(root, gzip.compress(raw), bytes(8) + bytes([7, 2, 1]))
+    digits = bytes(8) + bytes([7, 2, 1])
+    digests = [hashlib.md5(content).hexdigest() for content in (raw, digits)]
+    monkeypatch.setattr(data, "MNIST_MD5", dict(zip(data.MNIST_MD5, digests, strict=True)))
+    mnist(root, gzip.compress(raw), digits)
     found = data.load("mnist-test")
     assert found.labels.tolist() == [7, 2, 1] and found.images.shape == (3, 3, 32, 32)
     assert torch.equal(found.images[:, 1, 2:30, 2:30], torch.from_numpy(numbers)) and int(found.images[..., :2].sum()) == 0
@@ -236,6 +238,31 @@ def test_cifar10_1_is_brought_when_asked_for_and_compared(root, monkeypatch):
     assert asked == {"cifar10.1_v4_data.npy": data.CIFAR10_1_SHA256["cifar10.1_v4_data.npy"]}
     with pytest.raises(FileNotFoundError, match=r"data download cifar10\.1-v6"):
         data.load("cifar10.1-v6")
+
+
+def test_mnist_is_compared_and_an_interrupted_download_begins_again(root, monkeypatch):
+    rng = np.random.default_rng(0)
+    content = {"t10k-images-idx3-ubyte.gz": bytes(16) + rng.bytes(2 * 28 * 28), "t10k-labels-idx1-ubyte.gz": bytes(8) + b"\7\2"}
+    monkeypatch.setattr(data, "MNIST_MD5", {file: hashlib.md5(raw).hexdigest() for file, raw in content.items()})
+    asked = []
+
+    def bring(url, folder, md5):
+        asked.append(url.rpartition("/")[2])
+        folder.mkdir(exist_ok=True)
+        (folder / asked[-1]).write_bytes(gzip.compress(content[asked[-1]]))
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", bring)
+    first, second = content
+    (root / "mnist").mkdir()
+    (root / "mnist" / first).write_bytes(gzip.compress(content[first])[:-9])  # cut off
+    with pytest.raises(ValueError, match=r"mnist-test: found no readable files .*data download mnist-test"):
+        data.load("mnist-test")
+    assert data.load("mnist-test", download=True).labels.tolist() == [7, 2] and asked == [first, second]
+    data.load("mnist-test", download=True)
+    assert asked == [first, second]
+    (root / "mnist" / second).write_bytes(gzip.compress(content[second][:-1] + b"\3"))
+    with pytest.raises(ValueError, match=f"{second}: found md5 .* unpacked, expected"):
+        data.load("mnist-test")
 
 
 # --- folders --------------------------------------------------------------------------------------------------------------
@@ -319,6 +346,13 @@ TURNS = {  # EXIF orientation -> how the pixels lie in the file, so that turning
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+
+
+@pytest.mark.parametrize(("pixels", "mode"), [(np.full((12, 12), 200, np.int32), "I"), (np.full((12, 12), 0.8, np.float32), "F")])
+def test_pixels_of_32_bits_are_refused_since_nobody_knows_their_white(tmp_path, pixels, mode):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a\.tif: .*32-bit pixels \(TIFF, mode {mode}\), expected 8 or 16 bits"):
+        data.read_image(tmp_path / "a.tif", 12)
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -448,8 +482,10 @@ def test_a_flipped_byte_in_cifar10_is_refused(cifar, root):
     content[20_000_000] ^= 1
     (folder / "test_batch").unlink()
     (folder / "test_batch").write_bytes(content)
-    with pytest.raises(FileNotFoundError, match=r"cifar10-test: .*corrupted.*; to get it, run"):
+    with pytest.raises(ValueError, match=r"cifar10-test: found no readable files .*corrupted.*; to get them, run"):
         data.load("cifar10-test")
+    with pytest.raises(ValueError, match="corrupted"):  # damaged is not missing: no run goes on without it
+        data.available(["cifar10-test"])
 
 
 # --- the command line -----------------------------------------------------------------------------------------------------
@@ -459,6 +495,20 @@ def test_check_says_what_is_there_and_exits_0():
     command = [sys.executable, "-m", "cadetlib.data", "check", "digits"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parents[1], timeout=120)
     assert (done.returncode, done.stdout.split()) == (0, ["digits", "1797", "images"]), done.stderr
+
+
+def test_any_folder_is_a_set_by_its_path(root, capsys):
+    for path in ("pets/cat/1.png", "pets/dog/1.png", "pets/dog/2.png"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture()).save(root / path)
+    relative, absolute = data.load("folder:pets"), data.load(f"folder:{root / 'pets' / 'dog'}")
+    assert relative.name == "folder:pets" and relative.labels.tolist() == [0, 1, 1] and len(absolute) == 2
+    np.testing.assert_array_equal(relative.resized(12).images[2].permute(1, 2, 0), picture())
+    with pytest.raises(FileNotFoundError, match=r"found no folder .*wolves"):
+        data.load("folder:wolves")
+    with pytest.raises(ValueError, match=r"no set named '/pets', expected one of .* or folder:PATH"):
+        data.load("/pets")
+    assert data.main(["check", "folder:pets"]) == 0 and "3 images" in capsys.readouterr().out
 
 
 def test_check_says_what_is_missing_and_exits_1(root, capsys):

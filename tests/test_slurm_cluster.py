@@ -88,9 +88,9 @@ def test_the_script_of_the_readme_survives_a_kill_and_a_time_limit(slurm, tmp_pa
     """kill -9 of a process: torchrun begins again; Slurm's signal before the limit: saved and requeued. Bit for bit one run."""
     changed, found, log, parameters = dict(knn_every=0), tmp_path / "found", tmp_path / "job.log", tmp_path / "job.yaml"
     parameters.write_text(yaml.safe_dump(TINY | changed))
-    changes = {"--nodes=4": "--nodes=2", "--nproc-per-node 8": "--nproc-per-node 1", "/shared/cadet/contrastive": str(found)}
+    changes = {"--nodes=4": "--nodes=2", "--nproc-per-node 8": "--nproc-per-node 1"}
     changes |= {"$HEAD:29500": f"localhost:{slurm_cluster.free_ports(1)[0]}"}  # n1 is no name of the network's
-    changes |= {"params/imagenet/01_pretraining.yaml": str(parameters)}
+    changes |= {"params/imagenet/01_pretraining.yaml": f"{parameters} --output {found}"}
     (tmp_path / "job.sh").write_text(script_of_the_readme(changes))
     number = re.search(r"\d+", slurm("sbatch", f"--output={log}", "--time=60", str(tmp_path / "job.sh")))[0]
 
