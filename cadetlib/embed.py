@@ -100,9 +100,15 @@ def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "
     parts = []
     with inference(encoder, dtype) as device:
         for start in range(0, len(x), batch_size):
-            batch = checks.images(x[start : start + batch_size].to(device, non_blocking=True))
+            batch = checks.images(_moved(x[start : start + batch_size], device))
             parts.append(encoders.encode(encoder, batch).cpu())
     return torch.cat(parts)
+
+
+def _moved(batch: Tensor, device: torch.device) -> Tensor:
+    """The batch on the device. To a GPU through pinned memory, from where it travels while the processor goes on."""
+    through_pinned = device.type == "cuda" and not batch.is_cuda
+    return (batch.pin_memory() if through_pinned else batch).to(device, non_blocking=True)
 
 
 def signature(encoder: nn.Module, image_size: int) -> Tensor:
@@ -254,7 +260,7 @@ def _view_sums(
     m_in, means = [], []
     with inference(encoder, dtype) as device:
         for start in range(0, len(x), step):
-            batch = resize_to(x[start : start + step].to(device, non_blocking=True), views.image_size)
+            batch = resize_to(_moved(x[start : start + step], device), views.image_size)
             chosen = None if keys is None else keys[start : start + step]
             parts = []
             for first in range(0, n_views, batch_size):

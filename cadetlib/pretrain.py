@@ -57,6 +57,7 @@ VISSL_SIMCLR = (
     "model_final_checkpoint_phase799.torch"
 )
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
+_SETTLED = 5  # epochs, or the warm-up when it is shorter, before a collapse is looked for
 _KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
 _TOGETHER = 600  # seconds within which all processes must have started
 _GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
@@ -560,7 +561,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
                     f"step {step}: found loss {value}, expected a finite one; lower learning_rate, or lengthen warmup_epochs"
                 )
             alike = likeness(losses.gather(z.detach().chunk(2)[0])) if settings.objective == "contrastive" else 0.0
-            if alike > COLLAPSED and epoch > settings.warmup_epochs:
+            if alike > COLLAPSED and epoch > min(settings.warmup_epochs, _SETTLED):
                 raise ValueError(
                     f"step {step}: found embeddings of different images {alike:.4f} alike, expected less than {COLLAPSED}: "
                     "the representation has collapsed; lower learning_rate or tau"
@@ -632,22 +633,43 @@ def _over_processes(value: Tensor, of_sum: bool) -> float:
 
 
 def _held_out(settings: Settings, images: data.ImageSet) -> data.ImageSet | None:
-    """The labelled images of the kNN evaluation, looked for before the training and not hours later; None without one."""
+    """This process's share of the kNN evaluation's labelled images, looked for before the training and not hours later.
+
+    None without an evaluation.
+    """
     if not (settings.knn_every and settings.knn_data):
         return None
     held_out = _prepared(settings.knn_data, settings)
     if images.labels is None or held_out.labels is None:
         raise ValueError(f"knn_data: found no labels in {images.name} or {held_out.name}, expected labels for the kNN evaluation")
     chosen = data.split(len(held_out), {"test": min(len(held_out), settings.knn_images)}, seed=0)["test"]
-    return held_out[chosen].resized(settings.image_size)
+    return _share(held_out[chosen]).resized(settings.image_size)
 
 
-def _knn(encoder: nn.Module, images: data.ImageSet, test: data.ImageSet, settings: Settings) -> float:
+def _knn(encoder: encoders.ResNet, images: data.ImageSet, test: data.ImageSet, settings: Settings) -> float:
+    """Accuracy on the held-out images, of which `test` is this process's share, among some of those it is trained on."""
     bank = images[data.split(len(images), {"bank": min(len(images), 5 * settings.knn_images)}, seed=0)["bank"]]
-    bank = bank.resized(settings.image_size)
-    assert bank.labels is not None and test.labels is not None  # _held_out has looked
-    features, test_features = (embed.embed(encoder, part.images, dtype=settings.dtype) for part in (bank, test))
-    return probe.knn_accuracy(features, bank.labels, test_features, test.labels)
+    bank = _share(bank).resized(settings.image_size)
+    return probe.knn_accuracy(*_all_features(encoder, bank, settings.dtype), *_all_features(encoder, test, settings.dtype))
+
+
+def _share(images: data.ImageSet) -> data.ImageSet:
+    """This process's part of the images: each process decodes and holds its own."""
+    if not losses.is_distributed():
+        return images
+    return images[torch.arange(len(images)).tensor_split(distributed.get_world_size())[distributed.get_rank()]]
+
+
+def _all_features(encoder: encoders.ResNet, share: data.ImageSet, dtype: str) -> tuple[Tensor, Tensor]:
+    """Features and labels of the images of all processes' shares, in the order that they had together."""
+    assert share.labels is not None  # _held_out has looked
+    own = embed.embed(encoder, share.images, dtype=dtype) if len(share) else torch.empty(0, encoder.dim)
+    parts = [(own, share.labels)]
+    if losses.is_distributed():
+        parts *= distributed.get_world_size()
+        distributed.all_gather_object(parts, parts[0])
+    features, labels = (torch.cat(kind) for kind in zip(*parts, strict=True))
+    return features, labels
 
 
 class _Log:

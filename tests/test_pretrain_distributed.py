@@ -97,6 +97,31 @@ def test_any_number_of_processes_is_one_run(world, reduction, alone, tmp_path):
     assert_near(run_folder(tmp_path, **changed), alone)
 
 
+def test_processes_share_the_evaluation(tmp_path, monkeypatch):
+    """Each reads its part of the images, and all get the accuracy that one process finds on the same weights."""
+    embedded = []
+    monkeypatch.setattr(pretrain.embed, "embed", lambda _, images, dtype: embedded.append(len(images)) or images.flatten(1))
+    images = pretrain.data.load("digits-train")
+    labelled, whole = images[:103], pretrain._knn(None, images, images[300:353], settings(tmp_path, knn_images=20))
+    assert embedded == [100, 53]
+
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(pretrain.losses, "is_distributed", lambda: True)
+        monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(pretrain._share(labelled))
+    assert torch.equal(torch.cat([share.images for share in shares]), labelled.images) and max(map(len, shares)) == 35
+    monkeypatch.undo()
+
+    changed = SGD | dict(learning_rate=RATES["sum"], knn_every=1, knn_images=30, max_steps=6)
+    assert pretrain.train(settings(tmp_path / "one", **changed)) == 0
+    assert run_processes(tmp_path, 2, **changed) == [0, 0]
+    one, two = (pretrain.read_log(f / "log.jsonl") for f in (tmp_path / "one", run_folder(tmp_path, **changed)))
+    one, two = ([line["knn_accuracy"] for line in lines if "knn_accuracy" in line] for lines in (one, two))
+    assert len(one) == 1 and one == pytest.approx(two, abs=1.5 / 30) and 0 < whole <= 1
+
+
 def test_one_process_asked_to_stop_stops_all(alone, tmp_path):
     """All save at one step and leave with 75; then a different number of processes goes on."""
     changed = SGD | dict(learning_rate=RATES["sum"])
