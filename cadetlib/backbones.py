@@ -79,7 +79,7 @@ def _is_cached(kind: str, name: str) -> bool:
         return True
     files = ("model.safetensors", "pytorch_model.bin")
     stored = [huggingface_hub.try_to_load_from_cache(found.hf_hub_id, file) for file in files if found.hf_hub_id]
-    return any(isinstance(path, str) for path in stored) or bool(found.url and _in_hub(found.url))
+    return any(isinstance(path, str) for path in stored) or (isinstance(found.url, str) and _in_hub(found.url))
 
 
 def _in_hub(url: str) -> bool:

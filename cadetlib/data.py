@@ -475,7 +475,7 @@ def _files(expected: imagenet.Folder) -> Callable[[Path, str, bool], ImageSet]:
                 f"found {len(found)} images in {n_classes or 'no'} sub-folders of {root_folder / expected.path}, "
                 f"expected {expected.n_images} in {expected.n_classes or 'none'}"
             )
-        return found
+        return found[np.argsort([os.path.basename(file) for file in found.files.tolist()])] if expected.by_name else found
 
     return load
 

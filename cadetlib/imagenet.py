@@ -3,6 +3,8 @@
 A description of files, which reads none of them: `data` does. Where a publisher gives no checksum, that is what is said.
 
     python -m cadetlib.imagenet FOLDER    write X_val(1), X_val(2) and the test images of the profile `imagenet` as lists
+
+Those of the profile as it is stand in params/imagenet/lists.csv.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Folder:
     get: str  # the step that brings it
     checksum: str  # as its publisher gives it
     streamed: bool = False  # does not fit in memory: pretraining reads it as it goes
+    by_name: bool = False  # in the order of the files' names alone, which does not depend on how folders are called
 
 
 _UNPACK = (
@@ -53,6 +56,7 @@ SETS: dict[str, Folder] = {
         1000,
         _UNPACK.format(archive="ILSVRC2012_img_val.tar", part="val"),
         "md5 29b22e2961454d5413ddabcf34fc5622 of ILSVRC2012_img_val.tar, fa75699e90414af021442c21a62c3abf of the devkit",
+        by_name=True,
     ),
     "imagenet-o": Folder(
         "imagenet-o",
@@ -87,6 +91,7 @@ SETS: dict[str, Folder] = {
     ),
 }
 
+PARTS = ("x_val_1", "x_val_2", "test")  # of a split
 _NAMES = ("data", "knn_data", "reference", "in_distribution", "training")  # parameters that name a set, and ...
 _LISTS = ("shifted", "trained_shifted", "unseen", "data_sets", "data_required", "other_normal")  # ... those that name several
 
@@ -137,22 +142,49 @@ def published_lists(given: Mapping[str, Any]) -> list[dict[str, list[str]]]:
     Traceback (most recent call last):
     ValueError: in_distribution: found digits, expected a set of image files, one of ...
     """
-    from cadetlib import data, experiments  # they read this file for what they know of the sets
+    from cadetlib import data  # which reads this file for what it knows of the sets
 
     whole = data.load(given["in_distribution"]).of_classes(given["classes"])
     if not isinstance(whole, data.FolderSet):
         raise ValueError(f"in_distribution: found {whole.name}, expected a set of image files, one of {list(SETS)}")
-    chosen = experiments.some_of(whole, given["n_held_out"], given["seed"])
-    files = [os.fsdecode(file) for file in chosen.files]  # type: ignore[attr-defined]
+    return drawn([os.fsdecode(file) for file in whole.files], given)
+
+
+def drawn(files: Sequence[str], given: Mapping[str, Any]) -> list[dict[str, list[str]]]:
+    """`published_lists` of a set with these files, in their order.
+
+    >>> [lists] = drawn("abcdefghij", dict(n_held_out=7, n_splits=1, n_reference=2, n_calibration=3, seed=0))
+    >>> {part: len(names) for part, names in lists.items()}
+    {'x_val_1': 2, 'x_val_2': 3, 'test': 2}
+    """
+    import torch
+
+    from cadetlib import data, experiments
+
+    numbered = data.ImageSet("numbered", torch.empty(len(files), 3, 0, 0), torch.arange(len(files)))
+    chosen = experiments.some_of(numbered, given["n_held_out"], given["seed"]).labels
     sizes = given["n_splits"], given["n_reference"], given["n_calibration"]
+    assert chosen is not None
     return [
         {
-            "x_val_1": [files[i] for i in division.reference],
-            "x_val_2": [files[i] for i in division.calibration],
-            "test": [files[i] for i in division.test],
+            part: [files[i] for i in chosen[indices].tolist()]
+            for part, indices in zip(PARTS, (division.reference, division.calibration, division.test), strict=True)
         }
-        for division in experiments.splits(len(files), *sizes, seed=given["seed"])
+        for division in experiments.splits(len(chosen), *sizes, seed=given["seed"])
     ]
+
+
+def one_table(lists: Sequence[Mapping[str, Sequence[str]]]) -> str:
+    """The lists of all splits as one CSV: a line an image, and what it is in each split.
+
+    >>> print(one_table([dict(x_val_1=["b"], x_val_2=["a"]), dict(x_val_1=["a"], x_val_2=["b"])]), end="")
+    file,split-0,split-1
+    a,x_val_2,x_val_1
+    b,x_val_1,x_val_2
+    """
+    part_of = [{name: part for part, names in one.items() for name in names} for one in lists]
+    head = ",".join(["file", *(f"split-{i}" for i in range(len(lists)))])
+    return "".join(f"{line}\n" for line in [head, *(",".join([n, *(parts[n] for parts in part_of)]) for n in sorted(part_of[0]))])
 
 
 def write_lists(folder: Path, given: Mapping[str, Any]) -> list[Path]:

@@ -1,13 +1,14 @@
 """Sets of image files: not read before they are asked for, whole or refused, and listed by what a profile needs."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cadetlib import data, experiments, imagenet
+from cadetlib import data, experiments, imagenet, reproduce
 
 FILES = ["n02/b.JPEG", "n02/a.JPEG", "n01/x/d.png", "n01/c.jpg", "n10/e.webp"]
 
@@ -140,6 +141,31 @@ def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch
             assert [int(name.split("/")[1].removesuffix(".png")) for name in names] == held_out[index].tolist()
     with pytest.raises(ValueError, match="in_distribution: found digits, expected a set of image files"):
         imagenet.published_lists(given | dict(in_distribution="digits"))
+
+
+VAL = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]  # of ImageNet's validation set, whoever unpacked it
+
+
+def test_the_lists_of_the_profile_are_published_and_hold_wherever_the_set_is_unpacked(monkeypatch):
+    (notebook,) = (n for n in reproduce.notebooks_of("imagenet") if n.number == "04")
+    published = (notebook.parameter_file.parent / "lists.csv").read_text()
+    assert published == imagenet.one_table(imagenet.drawn(VAL, notebook.parameters))
+
+    placeholder, rng = torch.empty(50_000, 3, 0, 0, dtype=torch.uint8), np.random.default_rng(0)
+    paths = sorted(f"n{wnid:08d}/{name}" for wnid, name in zip(rng.permutation(50_000) % 1000, VAL, strict=True))
+    labels = torch.tensor([int(path[1:9]) for path in paths])
+    unpacked = data.FolderSet("imagenet-val", placeholder, labels, Path("val"), np.array([os.fsencode(path) for path in paths]))
+    monkeypatch.setattr(data, "folder_set", lambda folder, name: unpacked)
+    monkeypatch.setattr(data, "_existing", lambda path: path)
+    found = data.load("imagenet-val")
+    assert [os.path.basename(os.fsdecode(file)) for file in found.files] == VAL
+    assert all(int(os.fsdecode(found.files[i])[1:9]) == int(found.labels[i]) for i in range(0, 50_000, 997))
+    (first, *_) = imagenet.published_lists(notebook.parameters)
+    lines = [line.split(",") for line in published.splitlines()[1:]]
+    for part in imagenet.PARTS:
+        names = {os.path.basename(name) for name in first[part]}
+        assert names == {name for name, of_first, *_ in lines if of_first == part}
+    assert {part: len(first[part]) for part in imagenet.PARTS} == dict(x_val_1=300, x_val_2=2000, test=5000)
 
 
 def test_the_parts_of_the_sample_share_no_class_and_have_three_images_of_each(root):
