@@ -91,6 +91,12 @@ def p_values(calibration_scores: Any, scores: Any, ties: str = "paper") -> Tenso
     return (rank + 1).double() / (len(calibration) + 1)
 
 
+def _module(encoder: Any) -> nn.Module:
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"encoder: found {type(encoder).__name__}, expected a torch.nn.Module (wrap a function in one)")
+    return encoder
+
+
 class CADet:
     """The detector of Algorithms 2 and 3.
 
@@ -122,16 +128,16 @@ class CADet:
         dtype: str = "float32",
         ties: str = "paper",
     ) -> None:
-        self.encoder = encoder
+        self.views = EvalViews(image_size, crop_scale, flip, seed)
+        self.encoder = _module(encoder)
         self.n_views = checks.at_least(n_views, "n_views", 2)
-        self.crop_scale = crop_scale
-        self.image_size = image_size
-        self.seed = seed
-        self.flip = flip
+        self.crop_scale = float(crop_scale)
+        self.image_size = int(image_size)
+        self.seed = checks.seed(seed)
+        self.flip = bool(flip)
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
         self.dtype = checks.one_of(dtype, "dtype", embed.DTYPES)
         self.ties = checks.one_of(ties, "ties", TIES)
-        self.views = EvalViews(image_size, crop_scale, flip, seed)
 
     def view_sums(self, images: Any, keys: Tensor | None = None) -> embed.ViewSums:
         """m_in and mean unit embedding of each image, all that fitting and scoring need of it."""
@@ -223,18 +229,23 @@ class CADet:
         """Write the fitted detector (not its encoder, but `encoder_name`, for `load_encoder`) as safetensors, atomically."""
         tensors = self._fitted() | {"signature": embed.signature(self.encoder, self.image_size)}
         about = dict(settings=json.dumps(self.settings()), encoder=encoders.fingerprint(self.encoder), encoder_name=encoder_name)
+        about["batch_size"] = str(self.batch_size)  # not a setting, but a batch of fewer views than an image's rounds otherwise
         encoders.write_safetensors(path, tensors, FORMAT, **about)
 
     @classmethod
-    def load(cls, path: str | Path, encoder: nn.Module, batch_size: int = 1024) -> CADet:
-        """A saved detector with the encoder it was fitted with; ValueError for another encoder or a damaged or foreign file."""
+    def load(cls, path: str | Path, encoder: nn.Module, batch_size: int | None = None) -> CADet:
+        """A saved detector with the encoder it was fitted with; ValueError for another encoder or a damaged or foreign file.
+
+        batch_size: views at a time; None: as when it was fitted.
+        """
         tensors, metadata = encoders.read_safetensors(path, FORMAT)
-        found = encoders.fingerprint(encoder)
+        found = encoders.fingerprint(_module(encoder))
         if found != metadata["encoder"]:
             raise ValueError(
                 f"encoder: found fingerprint {found[:12]}, expected {metadata['encoder'][:12]}: the detector was fitted with "
                 "another encoder; load that one, or fit anew"
             )
+        batch_size = batch_size or int(metadata.get("batch_size", 1024))
         detector = cls(encoder, **json.loads(metadata["settings"]), batch_size=batch_size)
         if not embed.same_signature(embed.signature(encoder, detector.image_size), tensors["signature"]):
             raise ValueError("encoder: found other features for the detector's probe images, expected those it was fitted with")

@@ -6,12 +6,14 @@ Each check returns the value it checked, so that it reads as one step of a compu
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
@@ -62,6 +64,16 @@ def embeddings(values: Any, name: str, n_dims: int = 2, at_least: int = 1) -> Te
     if bool((z == 0).all(dim=-1).any()):
         raise ValueError(f"{name}: found a zero vector, whose cosine similarity is undefined; expected none")
     return z
+
+
+def unit(z: Tensor) -> Tensor:
+    """Embeddings (..., D) without zero vectors, each divided by its length, whatever that is.
+
+    >>> unit(torch.tensor([[3e-30, 4e-30], [3e30, 0.0]]))  # squares would be 0 and infinite
+    tensor([[0.6000, 0.8000],
+            [1.0000, 0.0000]])
+    """
+    return F.normalize(z / torch.linalg.vector_norm(z.detach(), math.inf, dim=-1, keepdim=True), dim=-1)
 
 
 def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
@@ -123,9 +135,17 @@ def in_open_interval(value: float, name: str, low: float = 0.0, high: float = 1.
     >>> in_open_interval(0.05, "alpha"), in_open_interval(3, "tau", high=math.inf)
     (0.05, 3.0)
     """
-    if not low < value < high:
-        raise ValueError(f"{name}: found {value}, expected a number between {low} and {high}, both excluded")
+    if not _is_number(value) or not low < value < high:
+        raise ValueError(f"{name}: found {value!r}, expected a number between {low} and {high}, both excluded")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Of Python, NumPy or a tensor of one; neither a word nor None."""
+    try:
+        return not isinstance(value, str) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def not_negative(value: float, name: str) -> float:
@@ -135,8 +155,8 @@ def not_negative(value: float, name: str) -> float:
     Traceback (most recent call last):
     ValueError: step: found -0.1, expected a finite number of at least 0
     """
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: found {value}, expected a finite number of at least 0")
+    if not _is_number(value) or value < 0:
+        raise ValueError(f"{name}: found {value!r}, expected a finite number of at least 0")
     return float(value)
 
 
@@ -160,6 +180,24 @@ def at_least(value: int, name: str, minimum: int) -> int:
     Traceback (most recent call last):
     ValueError: n_views: found 1, expected a whole number of at least 2
     """
-    if isinstance(value, bool) or int(value) != value or value < minimum:
-        raise ValueError(f"{name}: found {value}, expected a whole number of at least {minimum}")
+    if isinstance(value, bool) or not _is_number(value) or int(value) != value or value < minimum:
+        raise ValueError(f"{name}: found {value!r}, expected a whole number of at least {minimum}")
     return int(value)
+
+
+def seed(value: int, name: str = "seed") -> int:
+    """A whole number of 64 bits, of Python or NumPy.
+
+    >>> seed(np.int64(3))
+    3
+    >>> seed(1.5)
+    Traceback (most recent call last):
+    ValueError: seed: found 1.5, expected a whole number of at most 63 bits
+    """
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or whole.bit_length() > 63:
+        raise ValueError(f"{name}: found {value!r}, expected a whole number of at most 63 bits")
+    return whole

@@ -104,6 +104,7 @@ class FolderSet(ImageSet):
 
     folder: Path = Path()
     files: np.ndarray = field(default_factory=lambda: np.empty(0, np.bytes_))
+    allow_unreadable: int = 0  # so many damaged files are left out when the images are read
 
     def __getitem__(self, index: Any) -> FolderSet:
         where = index if isinstance(index, slice) else torch.as_tensor(index).numpy()
@@ -115,7 +116,10 @@ class FolderSet(ImageSet):
         return self.folder / os.fsdecode(self.files[index])
 
     def resized(self, size: int) -> ImageSet:
-        """All images read and brought to `size` x `size`, as uint8; ValueError lists every file that cannot be read."""
+        """All images read and brought to `size` x `size`, as uint8, but for `allow_unreadable` damaged files, which are named.
+
+        ValueError lists every file that cannot be read when they are more.
+        """
         pixels = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
 
         def read(index: int) -> str:
@@ -126,10 +130,26 @@ class FolderSet(ImageSet):
             return ""
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            unreadable = [error for error in pool.map(read, range(len(self))) if error]
-        if unreadable:
-            raise ValueError(f"{self.name}: found {len(unreadable)} unreadable images:\n" + "\n".join(unreadable))
-        return ImageSet(self.name, pixels, self.labels)
+            errors = list(pool.map(read, range(len(self))))
+        unreadable = [error for error in errors if error]
+        if len(unreadable) > self.allow_unreadable:
+            raise ValueError(too_many_unreadable(self.name, unreadable, self.allow_unreadable))
+        if not unreadable:
+            return ImageSet(self.name, pixels, self.labels)
+        print(f"{self.name}: LEFT OUT {len(unreadable)} unreadable images:", *unreadable, sep="\n", flush=True)
+        readable = torch.tensor([not error for error in errors])
+        return ImageSet(self.name, pixels[readable], None if self.labels is None else self.labels[readable])
+
+
+def too_many_unreadable(name: str, errors: Sequence[str], allow: int, more: str = "") -> str:
+    """What a set is refused with that has more unreadable images than are allowed: all of them, and what to do.
+
+    >>> print(too_many_unreadable("pets", ["dog/1.jpg: found no readable image"], allow=0))
+    pets: found 1 unreadable images, expected at most allow_unreadable = 0: replace or remove them, or allow so many
+    dog/1.jpg: found no readable image
+    """
+    found, expected = f"found {len(errors)} unreadable images", f"expected at most allow_unreadable = {allow}"
+    return "\n".join([f"{name}: {found}, {expected}: replace or remove them, or allow so many{more}", *errors])
 
 
 def folder_set(folder: str | Path, name: str = "") -> FolderSet:
@@ -441,8 +461,10 @@ def read_image(path: Path, size: int) -> Tensor:
     return (resize_to(_rgb(array[None]), size)[0] * 255).round().to(torch.uint8)
 
 
-def folder_images(folder: str | Path, size: int, name: str = "") -> ImageSet:
+def folder_images(folder: str | Path, size: int, name: str = "", allow_unreadable: int = 0) -> ImageSet:
     """All images below a folder, brought to `size`; labels are the numbers of their sub-folders, if there are any.
+
+    FileNotFoundError when there is no image; ValueError names the unreadable ones when they are more than allowed.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -454,10 +476,7 @@ def folder_images(folder: str | Path, size: int, name: str = "") -> ImageSet:
     >>> pets.images.shape, pets.labels.tolist()
     (torch.Size([2, 3, 16, 16]), [0, 1])
     """
-    files = image_files(folder)
-    parents = sorted({p.parent for p in files})
-    labels = torch.tensor([parents.index(p.parent) for p in files]) if len(parents) > 1 else None
-    return ImageSet(name or Path(folder).name, torch.stack([read_image(p, size) for p in files]), labels)
+    return replace(folder_set(folder, name), allow_unreadable=allow_unreadable).resized(size)
 
 
 def _folder(path: str, size: int) -> Callable[[Path, str, bool], ImageSet]:
@@ -531,10 +550,11 @@ SOURCES: dict[str, _Source] = {
 }
 
 
-def load(name: str, download: bool = False) -> ImageSet:
+def load(name: str, download: bool = False, allow_unreadable: int = 0) -> ImageSet:
     """The image set of that name: one of SOURCES, after a colon with a corruption, or "folder:PATH", the images below a folder.
 
-    A relative PATH begins at the data root; sub-folders are labels. FileNotFoundError says where it was looked for and how to
+    A relative PATH begins at the data root; sub-folders are labels. Of a set of image files, so many that are damaged are left
+    out, aloud, when they are read. FileNotFoundError says where it was looked for and how to
     get it, ValueError what is wrong with the files that are there.
 
     >>> len(load("digits"))
@@ -542,9 +562,11 @@ def load(name: str, download: bool = False) -> ImageSet:
     >>> load("digits:gaussian_blur-2").name
     'digits:gaussian_blur-2'
     """
+    checks.at_least(allow_unreadable, "allow_unreadable", 0)
     name, _, shift = name.partition(":")
     if name == FOLDER:
-        return folder_set(root() / Path(shift).expanduser(), f"{FOLDER}:{shift}")
+        found = folder_set(root() / Path(shift).expanduser(), f"{FOLDER}:{shift}")
+        return replace(found, allow_unreadable=allow_unreadable)
     if shift:
         return _corrupted(load(name, download), shift)
     if name not in SOURCES:
@@ -552,7 +574,8 @@ def load(name: str, download: bool = False) -> ImageSet:
     source = SOURCES[name]
     step = source.get.format(name=name)
     try:
-        return source.load(root(), name, download and source.downloads)
+        images = source.load(root(), name, download and source.downloads)
+        return replace(images, allow_unreadable=allow_unreadable) if isinstance(images, FolderSet) else images
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error} (data root {root()}, set by CADET_DATA); to get it, {step}") from error
     except (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
@@ -575,11 +598,11 @@ def _corrupted(images: ImageSet, shift: str) -> ImageSet:
     return replace(images, name=f"{images.name}:{shift}", images=made)
 
 
-def _tried(names: Sequence[str]) -> dict[str, ImageSet | FileNotFoundError]:
+def _tried(names: Sequence[str], allow_unreadable: int = 0) -> dict[str, ImageSet | FileNotFoundError]:
     found: dict[str, ImageSet | FileNotFoundError] = {}
     for name in names:
         try:
-            found[name] = load(name)
+            found[name] = load(name, allow_unreadable=allow_unreadable)
         except FileNotFoundError as error:
             found[name] = error
     return found
@@ -594,7 +617,7 @@ def size_of(images: ImageSet) -> str:
     return "any" if isinstance(images, FolderSet) else f"{images.images.shape[-1]} x {images.images.shape[-2]}"
 
 
-def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
+def available(names: Sequence[str], allow_unreadable: int = 0) -> tuple[list[ImageSet], dict[str, str]]:
     """The sets that are there, and for each that is not the reason why: its row is left out, never filled by another.
 
     The reasons go into results, and so name the data root as <data root> and not by its place.
@@ -603,7 +626,7 @@ def available(names: Sequence[str]) -> tuple[list[ImageSet], dict[str, str]]:
     >>> [images.name for images in found], reasons
     (['digits'], {})
     """
-    tried = _tried(names)
+    tried = _tried(names, allow_unreadable)
     reasons = {k: str(v).replace(str(root()), "<data root>") for k, v in tried.items() if isinstance(v, FileNotFoundError)}
     return [found for found in tried.values() if isinstance(found, ImageSet)], reasons
 

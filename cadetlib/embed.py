@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cadetlib import checks, encoders
 from cadetlib.views import EvalViews, resize_to
@@ -180,7 +179,7 @@ def sums_of_views(z: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     >>> m_in  # of three views, one pair in three agrees
     tensor([[1.0000, 0.3333]], dtype=torch.float64)
     """
-    unit = F.normalize(z.double(), dim=-1)
+    unit = checks.unit(z.double())
     segments = torch.tensor(grid).diff(prepend=torch.tensor([0])).tolist()
     sums = torch.stack([part.sum(dim=1) for part in unit.split(segments, dim=1)], dim=1).cumsum(dim=1)
     n = torch.tensor(grid, dtype=torch.float64, device=z.device)

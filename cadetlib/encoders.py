@@ -240,7 +240,11 @@ def fingerprint(module: nn.Module) -> str:
     (64, False, True)
     """
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    return weights_digest(tensors, getattr(module, "config", {}))
+    config = getattr(module, "config", {})
+    try:
+        return weights_digest(tensors, config)
+    except TypeError:  # another library's config, which holds what JSON does not
+        return weights_digest(tensors, {"config of": type(module).__name__})
 
 
 def weights_digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
@@ -298,7 +302,10 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": kind} | {k: str(v) for k, v in about.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; safetensors lets nobody else read its files
     save_file(tensors, temporary, metadata | {"sha256": weights_digest(tensors, metadata)})
+    temporary.chmod(mode)
     temporary.replace(path)
     return path
 
@@ -350,7 +357,7 @@ def load_encoder(name: str | Path) -> nn.Module:
 
     name: "torchvision:resnet50" (V1 weights, which keep near-identical images close), "timm:NAME", the path of a safetensors
     file that this project wrote, or of a checkpoint (.pth, .ckpt, ...) of VISSL, MoCo, lightly, solo-learn or DINO, which
-    `foreign` reads. FileNotFoundError and ValueError say what was expected.
+    `foreign` reads; a path may begin with "file:". FileNotFoundError and ValueError say what was expected.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -362,10 +369,16 @@ def load_encoder(name: str | Path) -> nn.Module:
     from cadetlib import foreign  # which builds on this file's ResNet
 
     kind, _, rest = str(name).partition(":")
-    if kind == "torchvision":
-        return _torchvision_encoder(rest)
-    if kind == "timm":
-        return _timm_encoder(rest)
+    if kind in ("torchvision", "timm"):
+        try:
+            return {"torchvision": _torchvision_encoder, "timm": _timm_encoder}[kind](rest)
+        except OSError as error:  # from the network, or from being told to do without it
+            raise FileNotFoundError(
+                f"{name}: found no weights here, and could not download them ({error}); on a machine with a network run "
+                f"`python -m cadetlib.backbones {name}` and bring its cache, the folder of TORCH_HOME or HF_HOME"
+            ) from error
+    if kind == "file":
+        return load_encoder(rest)
     if str(name).endswith(foreign.SUFFIXES):
         return foreign.load(name)
     if not str(name).endswith(".safetensors"):
@@ -431,7 +444,7 @@ def _drop_classifier(network: nn.Module) -> None:
 def _timm_encoder(name: str) -> nn.Module:
     import timm
 
-    if not timm.list_models(name.partition(".")[0]):
+    if not name or not timm.list_models(name.partition(".")[0]):
         raise ValueError(f"timm: found no model {name!r}, expected one of timm.list_models()")
     network = timm.create_model(name, pretrained=True, num_classes=0)
     data: Mapping[str, Any] = timm.data.resolve_model_data_config(network)

@@ -547,14 +547,14 @@ def some_of(images: data.ImageSet, n: int, seed: int) -> data.ImageSet:
     return images[data.split(len(images), {"some": n}, seed)["some"].sort().values] if n else images
 
 
-def labelled(name: str, classes: Sequence[int], size: int, n: int = 0, seed: int = 0) -> data.ImageSet:
+def labelled(name: str, classes: Sequence[int], size: int, n: int = 0, seed: int = 0, allow_unreadable: int = 0) -> data.ImageSet:
     """Images of those classes, at most n (0: all), brought to size x size, labelled as a classifier of `classes` counts.
 
     >>> digits = labelled("digits-test", classes=[3, 7], size=16, n=20)
     >>> digits.images.shape, digits.labels.unique().tolist()
     (torch.Size([20, 3, 16, 16]), [0, 1])
     """
-    chosen = data.load(name).of_classes(classes)
+    chosen = data.load(name, allow_unreadable=allow_unreadable).of_classes(classes)
     chosen = some_of(chosen, min(n, len(chosen)), seed).resized(size)
     return replace(chosen, labels=positions(chosen.labels, classes))
 

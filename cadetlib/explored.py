@@ -95,7 +95,7 @@ def curves(row: Mapping[str, Any]) -> Row:
 
 
 def other_sets(
-    names: Sequence[str], classes: Sequence[int], n: int, size: int, seed: int
+    names: Sequence[str], classes: Sequence[int], n: int, size: int, seed: int, allow_unreadable: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """At most n images of each of some named sets, and of those that are not there, why.
 
@@ -103,7 +103,7 @@ def other_sets(
     >>> {name: tuple(images.shape) for name, images in found.items()}, missing
     ({'digits-train': (5, 3, 8, 8)}, {})
     """
-    found, missing = data.available(names)
+    found, missing = data.available(names, allow_unreadable)
     chosen = [images.of_classes(classes) for images in found]
     images = {one.name: experiments.some_of(one, min(n, len(one)), seed).resized(size).images for one in chosen}
     return images, missing

@@ -6,6 +6,7 @@ embeddings as constants, and the gradient would be wrong by a third and more, si
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -65,12 +66,14 @@ def info_nce(
     1.1029
     """
     if check:
-        checks.embeddings(z0.detach(), "z0")
-        checks.embeddings(z1.detach(), "z1")
+        for name, z in (("z0", z0), ("z1", z1)):
+            if not (isinstance(z, Tensor) and z.is_floating_point() and z.dtype == z0.dtype):
+                found = z.dtype if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(f"{name}: found {found}, expected a tensor of floating point, z0 and z1 of one dtype")
+            checks.embeddings(z.detach(), name)
     if z0.shape != z1.shape:
         raise ValueError(f"found z0 {tuple(z0.shape)} and z1 {tuple(z1.shape)}, expected equal shapes: row i is image i in both")
-    if not tau > 0:
-        raise ValueError(f"tau: found {tau}, expected a positive temperature")
+    checks.in_open_interval(tau, "tau", high=math.inf)
     checks.one_of(reduction, "reduction", ("sum", "mean"))
     z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
     all0, all1 = gather(z0), gather(z1)

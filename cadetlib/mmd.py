@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cadetlib import checks
 
@@ -52,7 +51,7 @@ def centred(*samples: Tensor) -> Tensor:
     tensor([[ 0.5000, -0.5000],
             [-0.5000,  0.5000]])
     """
-    z = F.normalize(torch.cat(samples), dim=-1)
+    z = checks.unit(torch.cat(samples))
     return z - z.mean(dim=0)
 
 
@@ -79,12 +78,13 @@ def mmd2_unbiased(x: Any, y: Any) -> float:
 
 
 def _mmd2(x: Tensor, y: Tensor) -> float:
-    """Eq. 4 of checked samples in float64, with tr K = 2n, and without a normalised copy of them."""
-    x, y = x.double(), y.double()
-    n, x_scale, y_scale = len(x), 1 / x.norm(dim=1), 1 / y.norm(dim=1)
-    difference = x_scale @ x - y_scale @ y
-    paired = (torch.linalg.vecdot(x, y) * x_scale * y_scale).sum()
-    return float((difference @ difference - 2 * n + 2 * paired) / (n * (n - 1)))
+    """Eq. 4 of checked samples in float64, from the differences d_i of the unit embeddings of x_i and y_i.
+
+    (|sum_i d_i|^2 - sum_i |d_i|^2) / (n (n - 1)): samples that are nearly alike lose no digits, and equal ones give 0.
+    """
+    n, d = len(x), checks.unit(x.double()) - checks.unit(y.double())
+    total = d.sum(dim=0)
+    return float((total @ total - torch.linalg.vecdot(d, d).sum()) / (n * (n - 1)))
 
 
 def random_splits(n_draws: int, n_perm: int, size: int, generator: torch.Generator) -> Tensor:
@@ -151,7 +151,7 @@ def _split_sums(z: Tensor, signs: Tensor, partner: Tensor, max_bytes: int) -> Te
 def _null(z: Tensor, trace: float, n_perm: int, seed: int, max_bytes: int) -> Tensor:
     """Eq. 4 for `n_perm` random splits of the rows of z (2n, D) -> (n_perm,) float64."""
     n = len(z) // 2
-    splits = random_splits(1, n_perm, 2 * n, torch.Generator().manual_seed(seed))[0].to(z.device)
+    splits = random_splits(1, n_perm, 2 * n, torch.Generator().manual_seed(checks.seed(seed)))[0].to(z.device)
     return (_split_sums(z, *_signs_and_partners(splits, z.dtype), max_bytes) - trace) / (n * (n - 1))
 
 
@@ -181,6 +181,7 @@ def mmd_test(x: Any, y: Any, n_perm: int = 500, seed: int = 0, max_bytes: int = 
     0.01
     """
     checks.at_least(n_perm, "n_perm", 1)
+    checks.at_least(max_bytes, "max_bytes", 1)
     x, y = _equal_sizes(x=x, y=y)
     return _result(_mmd2(x, y), centred(x, y), n_perm, seed, max_bytes)
 
@@ -197,6 +198,7 @@ def mmd_cc_test(x1: Any, x2: Any, y: Any, n_perm: int = 500, seed: int = 0, max_
     0.01
     """
     checks.at_least(n_perm, "n_perm", 1)
+    checks.at_least(max_bytes, "max_bytes", 1)
     x1, x2, y = _equal_sizes(x1=x1, x2=x2, y=y)
     return _result(_mmd2(x1, y), centred(x1, x2), n_perm, seed, max_bytes)
 
@@ -234,7 +236,7 @@ def test_shifts(z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm:
         raise ValueError(f"found indices of shapes {shapes}; expected equal (B, n), n >= 2")
     n = x1.shape[1]
     z = z.double() if n <= 256 else z  # small samples repeat splits exactly
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed(seed))
     found = torch.empty(len(ys), 3, len(x1), dtype=torch.float64)
     for b, (a, clean) in enumerate(zip(x1, x2, strict=True)):
         splits = random_splits(1, n_perm, 2 * n, generator)[0].to(z.device)
@@ -296,7 +298,7 @@ def test_draws(
     if not (x1.shape == x2.shape == y.shape and x1.ndim == 2 and x1.shape[1] >= 2):
         raise ValueError(f"found x1 {tuple(x1.shape)}, x2 {tuple(x2.shape)}, y {tuple(y.shape)}; expected equal (B, n), n >= 2")
     n = x1.shape[1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed(seed))
     parts = []
     for some in torch.arange(len(x1)).split(_SHARING):
         splits = random_splits(1, n_perm, 2 * n, generator)[0].to(gram.device)

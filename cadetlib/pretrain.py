@@ -801,12 +801,8 @@ def take(name: str, settings: Settings) -> Path:
     try:
         encoder = _as_resnet(encoders.load_encoder(found), name)
         head = _head_of(found, parameter, _prepared(settings.data, settings)) if supervised else None
-    except OSError as error:  # what could not be downloaded; a reproduce is told to do without the network
-        raise FileNotFoundError(
-            f"{parameter}: found no weights of {name} here, and could not download them ({error}); on a machine with a network "
-            f"run `python -c \"from cadetlib.encoders import load_encoder; load_encoder('{name}')\"` and bring its cache, the "
-            "folder of TORCH_HOME or HF_HOME; or leave the parameter empty to train"
-        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{parameter}: {error}; or leave the parameter empty to train") from error
     folder = Path(f"{settings.output}-taken-{record.digest([name, encoders.fingerprint(encoder)])[:8]}")
     shown = name if _is_named(name) else Path(name).name  # a folder is nobody else's business
     encoders.save_encoder(encoder, folder / ENCODER, head=head, source=shown)
@@ -1020,7 +1016,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--objective", default="contrastive", choices=("contrastive", "supervised"))
     chosen = parser.parse_args(arguments)
     processes.keep_freed_memory()
-    settings = settings_from(parameters.read_yaml(chosen.params), chosen.objective)
+    try:
+        settings = settings_from(parameters.read_yaml(chosen.params), chosen.objective)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
     settings = replace(settings, output=chosen.output or str(run_folder(settings)))
     # Only torchrun's own variables count: RANK and WORLD_SIZE may be left over from something else.
     if distributed.is_available() and distributed.is_torchelastic_launched():

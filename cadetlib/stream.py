@@ -308,7 +308,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _refuse(name: str, left_out: dict[str, str], allow: int, record: Path | None) -> None:
     if len(left_out) > allow:
         again = f"; remove {record} to look at the files again" if record else ""
-        raise ValueError(
-            f"{name}: found {len(left_out)} unreadable images, expected at most allow_unreadable = {allow}: replace or remove "
-            f"them, or allow so many to leave them out{again}\n" + "\n".join(left_out.values())
-        )
+        raise ValueError(data.too_many_unreadable(name, list(left_out.values()), allow, again))

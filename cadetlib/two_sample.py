@@ -251,7 +251,7 @@ def me_test(
     """
     checks.at_least(n_locations, "n_locations", 1)
     checks.at_least(n_steps, "n_steps", 0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed(seed))
     halves = split_halves(x, y, generator, at_least=max(4, 2 * n_locations + 1))
     halves = _standardised(Halves(*(z.double() for z in (halves.x_train, halves.y_train, halves.x_test, halves.y_test))))
     locations, width = _learned_locations(halves.x_train, halves.y_train, n_locations, n_steps, learning_rate, gamma, generator)
@@ -355,7 +355,7 @@ def c2st_test(
     0.01
     """
     _check_training(n_epochs, batch_size, n_perm, image_size)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed(seed))
     halves = _network_inputs(split_halves(x, y, generator), image_size)
     return statistic(_classifier_logits(halves, n_epochs, batch_size, learning_rate, seed, generator), n_perm, generator)
 
@@ -479,7 +479,7 @@ def mmd_d_test(
     0.01
     """
     _check_training(n_epochs, batch_size, n_perm, image_size)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed(seed))
     halves = _network_inputs(split_halves(x, y, generator), image_size)
     kernel = train_deep_kernel(halves.x_train, halves.y_train, n_epochs, batch_size, learning_rate, seed, generator)
     inputs = torch.cat([halves.x_test, halves.y_test])

@@ -120,7 +120,8 @@ class EvalViews:
 
     def __post_init__(self) -> None:
         checks.at_least(self.image_size, "image_size", 2)
-        if not 0 < self.crop_scale <= 1:
+        checks.seed(self.seed)
+        if not 0 < checks.not_negative(self.crop_scale, "crop_scale") <= 1:
             raise ValueError(f"crop_scale: found {self.crop_scale}, expected an area fraction in (0, 1]")
 
     def __call__(self, images: Tensor, n_views: int, first_view: int = 0, keys: Tensor | None = None) -> Tensor:

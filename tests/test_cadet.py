@@ -1,5 +1,6 @@
 """CADet against Algorithms 2 and 3 written as loops over stored views, the level its p-values promise, and its refusals."""
 
+import argparse
 import itertools
 
 import numpy as np
@@ -404,3 +405,44 @@ def test_sums_over_another_number_of_views_are_refused():
     sums = embed.view_sums(Encoder(), CALIBRATION, EvalViews(8), (3,))
     with pytest.raises(ValueError, match=r"n_views: found 4, expected one of the grid \(3,\)"):
         CADet(Encoder(), **SETTINGS).fit_sums(sums, sums)
+
+
+# --- whatever encoder, wherever the numbers come from -------------------------------------------------------------------------
+
+
+def test_an_encoder_of_another_library_with_a_config_of_its_own(tmp_path):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 7))
+    encoder.config = argparse.Namespace(dtype=torch.float32)  # JSON knows neither
+    images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fitted = CADet(encoder, n_views=4, image_size=4).fit(images[:10], images[10:])
+    fitted.save(tmp_path / "detector.safetensors")
+    again = CADet.load(tmp_path / "detector.safetensors", encoder)
+    assert torch.equal(again.p_values(images), fitted.p_values(images)) and again.fingerprint() == fitted.fingerprint()
+    with pytest.raises(ValueError, match=r"encoder: found function, expected a torch\.nn\.Module"):
+        CADet(lambda x: x.flatten(1))
+    with pytest.raises(ValueError, match="encoder: found NoneType"):
+        CADet.load(tmp_path / "detector.safetensors", None)
+
+
+def test_p_values_are_identical_after_loading_whatever_the_batch_was(tmp_path):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 8))
+    images = torch.rand(50, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for batch_size in (1, 9, 64):
+        fitted = CADet(encoder, n_views=10, image_size=32, batch_size=batch_size).fit(images[:10], images[10:])
+        fitted.save(tmp_path / "detector.safetensors")
+        again = CADet.load(tmp_path / "detector.safetensors", encoder)
+        assert torch.equal(again.p_values(images[10:]), fitted.p_values(images[10:]))
+        assert CADet.load(tmp_path / "detector.safetensors", encoder, batch_size=7).batch_size == 7
+
+
+def test_settings_of_numpy_are_saved_and_wrong_ones_named(tmp_path):
+    images = torch.rand(30, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    detector = CADet(nn.Flatten(), np.int64(3), np.float32(0.5), np.int64(4), seed=np.int64(2)).fit(images[:10], images[10:])
+    detector.save(tmp_path / "detector.safetensors")
+    assert CADet.load(tmp_path / "detector.safetensors", nn.Flatten()).settings() == detector.settings()
+    (tmp_path / "any file").touch()
+    assert (tmp_path / "detector.safetensors").stat().st_mode == (tmp_path / "any file").stat().st_mode
+    for name, wrong in dict(seed=None, crop_scale="a", image_size="a", n_views=None).items():
+        with pytest.raises(ValueError, match=f"{name}: found"):
+            CADet(nn.Flatten(), **{name: wrong})

@@ -62,6 +62,24 @@ def test_all_unreadable_files_are_named(root, monkeypatch):
     assert "a.JPEG: found no readable" in str(refusal.value) and "e.webp: found no readable" in str(refusal.value)
 
 
+def test_so_many_unreadable_files_are_left_out_as_the_user_allows(root, monkeypatch, capsys):
+    name_it(monkeypatch)
+    whole = data.load("small").resized(8)
+    for name in ("n02/a.JPEG", "n10/e.webp"):
+        (root / "small" / name).write_bytes(b"\xff\xd8\xff no image")
+    with pytest.raises(ValueError, match="found 2 unreadable images, expected at most allow_unreadable = 1"):
+        data.load("small", allow_unreadable=1).resized(8)
+    (left,), missing = data.available(["small"], allow_unreadable=2)
+    left = left.of_classes([0, 1]).resized(8)
+    assert missing == {} and left.labels.tolist() == [0, 0, 1]
+    assert torch.equal(left.images, whole.images[[0, 1, 3]])
+    said = capsys.readouterr().out
+    assert "small: LEFT OUT 1 unreadable images:" in said and "a.JPEG: found no readable image" in said and "e.webp" not in said
+    assert len(data.folder_images(root / "small", 8, allow_unreadable=2)) == 3
+    with pytest.raises(ValueError, match="allow_unreadable"):
+        data.load("small", allow_unreadable=-1)
+
+
 @pytest.mark.parametrize(("n_images", "n_classes"), [(6, 3), (4, 3), (5, 2), (5, 0)])
 def test_a_set_that_is_not_whole_does_not_go_by_its_name(root, monkeypatch, n_images, n_classes):
     name_it(monkeypatch, n_images, n_classes)

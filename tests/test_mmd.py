@@ -195,3 +195,54 @@ def test_shifts_are_the_single_tests(n, dim):
                 assert float(p) == pytest.approx((1 + sum(v >= statistic - 1e-7 for v in null)) / 61, abs=0.02)
     with pytest.raises(ValueError, match="equal"):
         mmd.test_shifts(z, x1, x2, [near[:, :-1]])
+
+
+# --- samples that are nearly alike, very small or very large ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_constant_samples_are_never_told_apart(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        v = torch.randn(1, 64, dtype=torch.float64, generator=generator).to(dtype).expand(30, 64)
+        x1, x2, y = v.split(10)
+        results = [mmd.mmd_test(x1, y, 20), mmd.mmd_cc_test(x1, x2, y, 20)]
+        assert [(result.statistic, result.p_value) for result in results] == [(0.0, 1.0)] * 2
+    assert mmd.mmd_test(np.ones((5, 3)), np.ones((5, 3)), 20).p_value == 1
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-7, 1e-9])
+def test_the_level_holds_for_samples_that_are_nearly_alike(spread):
+    """Eq. 4 as printed would lose the digits in which they differ: at 1e-8 it rejected 45 % at 5 %."""
+    generator = torch.Generator().manual_seed(1)
+    rejected = 0
+    for i in range(200):
+        v = torch.randn(1, 16, dtype=torch.float64, generator=generator)
+        x, y = (v + spread * torch.randn(2, 10, 16, dtype=torch.float64, generator=generator)).unbind()
+        rejected += mmd.mmd_test(x, y, 99, seed=i).p_value <= 0.05
+        if i < 3:
+            assert mmd.mmd_test(x, y + 3 * spread * torch.eye(16)[0].double(), 99).p_value <= 0.05
+    assert 1 <= rejected <= 21  # 10 expected; beyond 21 in 1 of 1,000
+
+
+def test_any_scale_is_the_same_test():
+    x, y = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(2))
+    expected = mmd.mmd_test(x, y, 50)
+    for scale in (1e-30, 1e-13, 1e19, 1e30):
+        found = mmd.mmd_test(x * scale, y, 50)
+        assert found.statistic == pytest.approx(expected.statistic, rel=1e-5) and found.p_value == expected.p_value
+        torch.testing.assert_close(found.null, expected.null, rtol=1e-3, atol=1e-6)
+    for scale in (1e-300, 1e200):
+        assert mmd.mmd2_unbiased(x.double() * scale, y.double()) == pytest.approx(expected.statistic, rel=1e-9)
+
+
+def test_a_seed_is_any_whole_number():
+    x, y = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(mmd.mmd_test(x, y, 9, seed=np.int64(3)).null, mmd.mmd_test(x, y, 9, seed=3).null)
+    for wrong in (None, 1.5, "1", 2**70):
+        with pytest.raises(ValueError, match="seed: found"):
+            mmd.mmd_test(x, y, 9, seed=wrong)
+    with pytest.raises(ValueError, match="n_perm: found None"):
+        mmd.mmd_test(x, y, None)
+    with pytest.raises(ValueError, match="max_bytes"):
+        mmd.mmd_test(x, y, 9, max_bytes=0)

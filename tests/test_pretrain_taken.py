@@ -113,7 +113,9 @@ def test_what_is_not_there_is_said_with_the_step_that_gets_it(place, monkeypatch
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(FileNotFoundError, match=r"no weights of torchvision:resnet18 here.*no route.*load_encoder\('torchvision"):
+    with pytest.raises(
+        FileNotFoundError, match=r"resnet18: found no weights here.*no route.*cadetlib\.backbones torchvision:resnet18"
+    ):
         pretrain.obtain(given, "supervised")
     assert [line.split(":")[0] for line in pretrain.missing_weights(given)] == ["pretrained"]
 
