@@ -292,6 +292,23 @@ def _refuse_other_settings(found: Mapping[str, Any], settings: Settings) -> None
         )
 
 
+def _identity(images: data.ImageSet) -> str:
+    """How many images a run trains on, and a digest of their files' names or of their labels: alike on every machine."""
+    if isinstance(images, data.FolderSet):
+        return f"{len(images)} images {stream.digest(images)[:16]}"
+    labels = b"" if images.labels is None else images.labels.cpu().numpy().tobytes()
+    return f"{len(images)} images {_digest(labels)}"
+
+
+def _refuse_other_images(found: str, images: data.ImageSet) -> None:
+    """ValueError when a checkpoint's run had others: an epoch, the order and the schedule would no longer be what they were."""
+    if found != _identity(images):
+        raise ValueError(
+            f"resume: found a run on {found} (count and digest) and {_identity(images)} of {images.name} now, expected the same: "
+            "put them back, or choose another output folder"
+        )
+
+
 # --- the loop -----------------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +533,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     checkpoint = _load_checkpoint(folder, device)
     if checkpoint is not None:
         _refuse_other_settings(checkpoint["settings"], settings)
+        _refuse_other_images(checkpoint.get("images", _identity(images)), images)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -530,7 +548,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             )
         if _is_first():
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step)
-            _save_checkpoint(folder, step, state | dict(settings=asdict(settings)))
+            _save_checkpoint(folder, step, state | dict(settings=asdict(settings), images=_identity(images)))
 
     steps_per_epoch = len(images) // settings.batch_size
     last_step = settings.epochs * steps_per_epoch

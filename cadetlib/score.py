@@ -899,7 +899,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cadetlib.score", description="p-values for folders of images")
     commands = parser.add_subparsers(dest="command", required=True)
     fit = commands.add_parser("fit", help="make a detector from two folders of normal images")
-    fit.add_argument("--encoder", required=True, help="torchvision:NAME, timm:NAME or a .safetensors file")
+    fit.add_argument("--encoder", required=True, help="torchvision:NAME, timm:NAME, a .safetensors file or a checkpoint")
     fit.add_argument("--reference", required=True, help="folder of a few hundred normal images to compare with")
     fit.add_argument("--calibration", required=True, help="folder of other normal images; with n the smallest p-value is 1/(n+1)")
     fit.add_argument("--out", required=True, help="the detector's file, .safetensors")

@@ -442,6 +442,16 @@ def constant_head(model):
     model.head[-1].bias.normal_()
 
 
+def test_a_run_goes_on_with_the_images_that_it_began_with_alone(tmp_path, monkeypatch):
+    assert pretrain.train(settings(tmp_path, max_steps=2)) == 0
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, **_: load(name)[: 790 if name == "digits-train" else None])  # still 6 batches
+    with pytest.raises(ValueError, match=r"resume: found a run on 797 images \w+ .* and 790 images \w+ of digits-train now"):
+        pretrain.train(settings(tmp_path, max_steps=4))
+    monkeypatch.undo()
+    assert pretrain.train(settings(tmp_path, max_steps=4)) == 0
+
+
 @pytest.mark.parametrize("change", [dead_encoder, constant_head])
 def test_collapsed_representation_stops_the_run(change, monkeypatch, tmp_path):
     change_model(monkeypatch, change)
