@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cadetlib import costs, encoders, pretrain, record
+from cadetlib import costs, encoders, pretrain, record, reproduce
 
 ROOT = Path(__file__).parents[1]
 _SPEC = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
@@ -28,6 +29,29 @@ def test_the_papers_costs_by_hand():
     assert found["04 attacks"].attacked == 7300 * (4 * 50 + 1)
     assert found["04 attacks"].disk > 5 * 7300 * 3 * 224**2 * 4
     assert costs_of("imagenet-pretrained")["01 contrastive"].trained == 0
+
+
+def test_the_readmes_cost_sheet_is_what_the_parameters_ask_for():
+    """Passes, FLOPs and GB of each row; a forward pass is 8.2 GFLOPs and one that goes back three times that."""
+    page = (ROOT / "README.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page[page.index("| what | passes of") :].split("\n\n")[0].splitlines()[2:]]
+    units = dict(G=1e9, M=1e6, k=1e3)
+    found = {cost.what.removesuffix(", at most"): cost for cost in costs.of_profile("imagenet")}
+    assert [re.sub(r", \d+ epochs", "", what.strip()) for what, *_ in rows] == list(found)
+    for cost, (what, passes, flops, _, gigabytes) in zip(found.values(), rows, strict=True):
+        numbers = re.findall(r"([\d.]+) ([GMk])", passes)
+        said = [float(number) * units[unit] for number, unit in numbers]
+        assert said == pytest.approx([n for n in (cost.trained, cost.forward, cost.attacked) if n], rel=0.05), what
+        asked = 8.2e9 * (3 * cost.trained + cost.forward + 3 * cost.attacked)
+        assert float(flops.replace("at most", "")) == pytest.approx(asked, rel=0.05), what
+        assert float(gigabytes.strip() or 0) == pytest.approx(cost.disk / 1e9, abs=0.06, rel=0.02), what
+
+
+def test_imagenet_pretrained_is_imagenet_without_the_training():
+    named = {"profile", "pretrained", "supervised_pretrained"}
+    for one, other in zip(*(reproduce.notebooks_of(profile) for profile in ("imagenet", "imagenet-pretrained")), strict=True):
+        different = {k for k in one.parameters if one.parameters[k] != other.parameters[k]}
+        assert different <= (named if one.number == "01" else {"profile"}), one.name
 
 
 @pytest.mark.parametrize("profile", ["digits", "cifar10-cpu"])
