@@ -112,6 +112,21 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
 
 
+def how_seen(row: Row, control: Row) -> str:
+    """What CADet sees of an attack, from its AUROC and that of random signs, with their intervals.
+
+    "seen as an attack": better than random signs, beyond both intervals; "seen as noise": better than chance, and not better
+    than random signs; else "not seen".
+
+    >>> signs = dict(auroc=0.6, low=0.55, high=0.65)
+    >>> [how_seen(dict(auroc=x, low=x - 0.05, high=x + 0.05), signs) for x in (0.8, 0.65, 0.5)]
+    ['seen as an attack', 'seen as noise', 'not seen']
+    """
+    if row["low"] <= 0.5:
+        return "not seen"
+    return "seen as an attack" if row["low"] > control["high"] else "seen as noise"
+
+
 class AtLayer(nn.Module):
     """A ResNet of this project read at one of its stages, "layer1" to "layer4": pooled features of that stage.
 

@@ -6,12 +6,13 @@ kinds of anomaly and not the same images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from cadetlib import paper
+from cadetlib import attack_study, paper
 
 Row = Mapping[str, Any]
 PAPER_ATTACKS = {"FGSM": "FGSM", "PGD": "PGD", "CW-L2": "CW", "CW-L2-ball": "CW", "CW-Linf": "CW"}
@@ -207,6 +208,39 @@ def precision(rows: Sequence[Row]) -> pd.DataFrame:
         for row in rows
     ]
     return pd.DataFrame(lines, index=pd.Index([row["dtype"] for row in rows], name="forward passes"))
+
+
+def attacks_seen(rows: Sequence[Row], encoder: str) -> list[str]:
+    """A paragraph for each attack of notebook 05's study: what is seen of it in the common setting, and in the three best.
+
+    rows: of `attack_study.Study.rows`, for several factors, among them "encoder", whose value `encoder` is the common setting.
+    The best settings were found by looking at attacks, and are no promise.
+
+    >>> here, near = (dict(factor="encoder", value="contrastive"), dict(factor="area of a view", value=0.9))
+    >>> rows = [here | dict(anomaly=name, auroc=0.5, low=0.4, high=0.6) for name in ("PGD", attack_study.CONTROL)]
+    >>> rows += [near | dict(anomaly=name, auroc=0.7, low=0.6, high=0.8) for name in ("PGD", attack_study.CONTROL)]
+    >>> print(*attacks_seen(rows, "contrastive"))
+    PGD: 50.0 [40.0, 60.0], not seen (the paper, on ImageNet: 94.9). Of 2 settings it is seen as an attack in 0, as noise in 1:
+      70.0 [60.0, 80.0], seen as noise: area of a view 0.9
+    """
+    by_attack: dict[str, dict[tuple[str, Any], Row]] = {}
+    for row in rows:
+        by_attack.setdefault(row["anomaly"], {})[row["factor"], row["value"]] = row
+    here, signs = ("encoder", encoder), by_attack.pop(attack_study.CONTROL)
+    paragraphs = []
+    for name, own in by_attack.items():
+        # Random signs have no victim: where only the victim differs they are those of the common setting.
+        seen = {place: attack_study.how_seen(row, signs.get(place, signs[here])) for place, row in own.items()}
+        counts = Counter(seen.values())
+        printed = paper_value("CADet", "contrastive", name)[0]
+        paragraph = (
+            f"{name}: {percent(own[here])}, {seen[here]} (the paper, on ImageNet: {printed:.1f}). Of {len(own)} settings it is "
+            f"seen as an attack in {counts['seen as an attack']}, as noise in {counts['seen as noise']}:"
+        )
+        best = sorted(own, key=lambda place: -own[place]["auroc"])[:3]
+        lines = [f"  {percent(own[place])}, {seen[place]}: {place[0]} {place[1]}" for place in best if seen[place] != "not seen"]
+        paragraphs.append("\n".join([paragraph, *lines]))
+    return paragraphs
 
 
 def table_5(columns: Mapping[str, Row]) -> pd.DataFrame:
