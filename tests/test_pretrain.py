@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from cadetlib import data, encoders, keep, parameters, pretrain
@@ -440,6 +441,18 @@ def constant_head(model):
     """Every image to the same embedding."""
     model.head[-1].weight.zero_()
     model.head[-1].bias.normal_()
+
+
+def test_any_folder_of_images_can_be_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADET_DATA", str(tmp_path))
+    (tmp_path / "pets").mkdir()
+    for i, image in enumerate(data.load("digits-test").images[:140]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "pets" / f"{i}.png")
+    folder = tmp_path / "run"
+    assert pretrain.train(settings(folder, data="folder:pets", knn_every=0, max_steps=2)) == 0
+    assert last_checkpoint(folder)["step"] == 2
+    with pytest.raises(FileNotFoundError, match=r"found no folder .*wolves"):
+        pretrain.train(settings(folder, data="folder:wolves", knn_every=0))
 
 
 def test_a_run_goes_on_with_the_images_that_it_began_with_alone(tmp_path, monkeypatch):
