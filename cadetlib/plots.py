@@ -153,8 +153,15 @@ def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     >>> beside = [row | dict(encoder="contrastive", test=test, rate=0.9) for test in ("MMD", "MMD-CC")]
     >>> [text.get_text() for text in trained_rejection_rates([row, *beside]).axes[0].texts]
     ['ME', 'MMD', 'MMD-CC']
+    >>> [text.get_text() for text in trained_rejection_rates(beside).axes[0].texts]
+    ['no test that learns was asked for (trained_tests)']
     """
     trained = [row for row in rows if row["encoder"] == "none"]
+    if not trained:
+        with _figure(1, 5.4, 0.6) as (figure, (axes,)):
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "no test that learns was asked for (trained_tests)", ha="center", va="center")
+            return figure
     shifts, sizes = list(dict.fromkeys(row["shift"] for row in trained)), {row["n"] for row in trained}
     beside = [row for row in rows if row["encoder"] == "contrastive" and row["n"] in sizes and row["shift"] in shifts]
     with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):

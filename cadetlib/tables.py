@@ -237,7 +237,8 @@ def attacks_seen(rows: Sequence[Row], encoder: str) -> list[str]:
             f"{name}: {percent(own[here])}, {seen[here]} (the paper, on ImageNet: {printed:.1f}). Of {len(own)} settings it is "
             f"seen as an attack in {counts['seen as an attack']}, as noise in {counts['seen as noise']}:"
         )
-        best = sorted(own, key=lambda place: -own[place]["auroc"])[:3]
+        once = {percent(own[place]): place for place in own}  # the common setting is a value of several factors
+        best = sorted(once.values(), key=lambda place: -own[place]["auroc"])[:3]
         lines = [f"  {percent(own[place])}, {seen[place]}: {place[0]} {place[1]}" for place in best if seen[place] != "not seen"]
         paragraphs.append("\n".join([paragraph, *lines]))
     return paragraphs
