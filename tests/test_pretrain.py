@@ -311,7 +311,7 @@ def test_checkpoints_on_disk(uninterrupted):
     """Two of them, complete, of the format that earlier runs wrote; the keys are what later versions must be able to read."""
     assert [int(p.name.split("-")[1]) for p in sorted(uninterrupted.glob("checkpoint-*.pt"))] == [30, 36]
     checkpoint = last_checkpoint(uninterrupted)
-    assert set(checkpoint) == {"model", "optimizer", "scaler", "step", "settings"}
+    assert set(checkpoint) == {"model", "optimizer", "scaler", "step", "settings", "images"}
     assert checkpoint["settings"] == settings(uninterrupted).__dict__
 
 

@@ -198,7 +198,7 @@ def test_force_reaches_the_notebooks_and_nothing_else_does(checkout, monkeypatch
     for given, force in (("1", False), ("0", True)):
         monkeypatch.setenv("CADET_FORCE", given)
         job = reproduce.Job(checkout, checkout, "", "library", None, force)
-        assert reproduce._environment(job, "run", None, 1)["CADET_FORCE"] == str(int(force))
+        assert reproduce._environment(job, "run", [None], 1)["CADET_FORCE"] == str(int(force))
 
 
 def test_a_key_holds_all_that_results_depend_on(checkout, write_notebook, monkeypatch):
