@@ -112,7 +112,7 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
 
 
-def how_seen(row: Row, control: Row) -> str:
+def how_seen(row: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """What CADet sees of an attack, from its AUROC and that of random signs, with their intervals.
 
     "seen as an attack": better than random signs, beyond both intervals; "seen as noise": better than chance, and not better
