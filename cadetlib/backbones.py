@@ -35,7 +35,7 @@ def load(name: str) -> nn.Module:
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """For each of these encoders whose weights are not on this machine, what to do about it. Nothing is fetched or loaded.
+    """For each of these encoders whose weights are not on this machine, what to do about it. Nothing is fetched.
 
     Names that no library knows are left to `load`, which says so.
 

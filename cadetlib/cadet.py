@@ -245,7 +245,8 @@ class CADet:
                 f"encoder: found fingerprint {found[:12]}, expected {metadata['encoder'][:12]}: the detector was fitted with "
                 "another encoder; load that one, or fit anew"
             )
-        batch_size = batch_size or int(metadata.get("batch_size", 1024))
+        if batch_size is None:
+            batch_size = int(metadata.get("batch_size", 1024))  # 1024: of files that do not say it yet
         detector = cls(encoder, **json.loads(metadata["settings"]), batch_size=batch_size)
         if not embed.same_signature(embed.signature(encoder, detector.image_size), tensors["signature"]):
             raise ValueError("encoder: found other features for the detector's probe images, expected those it was fitted with")

@@ -186,7 +186,7 @@ def at_least(value: int, name: str, minimum: int) -> int:
 
 
 def seed(value: int, name: str = "seed") -> int:
-    """A whole number of 64 bits, of Python or NumPy.
+    """A whole number of Python or NumPy, as torch's generators and ours take it.
 
     >>> seed(np.int64(3))
     3

@@ -553,9 +553,9 @@ SOURCES: dict[str, _Source] = {
 def load(name: str, download: bool = False, allow_unreadable: int = 0) -> ImageSet:
     """The image set of that name: one of SOURCES, after a colon with a corruption, or "folder:PATH", the images below a folder.
 
-    A relative PATH begins at the data root; sub-folders are labels. Of a set of image files, so many that are damaged are left
-    out, aloud, when they are read. FileNotFoundError says where it was looked for and how to
-    get it, ValueError what is wrong with the files that are there.
+    A relative PATH begins at the data root; sub-folders are labels. Of a set of image files, `allow_unreadable` damaged ones are
+    left out, aloud, when they are read. FileNotFoundError says where a set was looked for and how to get it, ValueError what is
+    wrong with the files that are there.
 
     >>> len(load("digits"))
     1797

@@ -434,6 +434,8 @@ def test_p_values_are_identical_after_loading_whatever_the_batch_was(tmp_path):
         again = CADet.load(tmp_path / "detector.safetensors", encoder)
         assert torch.equal(again.p_values(images[10:]), fitted.p_values(images[10:]))
         assert CADet.load(tmp_path / "detector.safetensors", encoder, batch_size=7).batch_size == 7
+    with pytest.raises(ValueError, match="batch_size: found 0"):
+        CADet.load(tmp_path / "detector.safetensors", encoder, batch_size=0)
 
 
 def test_settings_of_numpy_are_saved_and_wrong_ones_named(tmp_path):
