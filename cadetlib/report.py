@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,7 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
         "missing": _missing(results),
         "outdated": _outdated(loaded),
         "hardware": _counted([_machine(p["hardware"]) for p in provenance.values()]),
-        "minutes": sum(p["seconds"] for p in provenance.values()) / 60,
+        "minutes": _minutes(list(loaded.values())),
         "encoder_was_kept": _encoder_was_kept(results["01"]),
         "most_anomalous": _most_anomalous(results["07"]),
         "machine": _machine,
@@ -198,9 +199,28 @@ def _minutes_kept(kept: Path) -> str:
     if not all((kept / f"{name}.json").exists() for name in NOTEBOOKS):
         return "not run yet"
     loaded = [record.result(kept / f"{name}.json") for name in NOTEBOOKS]
-    minutes = sum(found.provenance["seconds"] for found in loaded) / 60
+    minutes = _minutes(loaded)
     pretraining = " without pretraining" if _encoder_was_kept(loaded[1].results) else ""
     return f"{minutes:.1f} minutes{pretraining} on {_machine(loaded[1].provenance['hardware'])}"
+
+
+def _minutes(loaded: Sequence[record.Loaded]) -> float:
+    """What the notebooks took, in their order; 01 as long as its trainings, also those that had ended before it began."""
+    seconds = [found.provenance["seconds"] for found in loaded]
+    return (sum(seconds) + max(0.0, _training_seconds(loaded[1]) - seconds[1])) / 60
+
+
+def _training_seconds(pretrained: record.Loaded) -> float:
+    """Seconds of the trainings by their own logs; a contrastive encoder that was there already took none."""
+    given, total = pretrained.provenance["parameters"], 0.0
+    for objective, log in pretrained.results["logs"].items():
+        if objective == "contrastive" and _encoder_was_kept(pretrained.results):
+            continue
+        batch = "batch_size" if objective == "contrastive" else "supervised_batch_size"
+        timed = [line for line in log if "images_per_second" in line]
+        steps = pairwise([0, *(line["step"] for line in timed)])
+        total += sum((b - a) * given[batch] / line["images_per_second"] for (a, b), line in zip(steps, timed, strict=True))
+    return total
 
 
 def _encoder_was_kept(pretrained: Row) -> bool:

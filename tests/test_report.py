@@ -59,7 +59,7 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
     n = 12
     return {
         "00_setup": dict(sets=[], missing={}),
-        "01_pretraining": dict(qualities={name: quality for name in ENCODERS}),
+        "01_pretraining": dict(qualities={name: quality for name in ENCODERS}, logs={name: [] for name in ENCODERS}),
         "02_cifar10_vs_cifar10_1": dict(
             rows=[
                 dict(test=test, encoder=encoder, shift=shift, n=size) | interval(rng, "rate")
@@ -743,3 +743,21 @@ def test_the_page_says_the_verdicts_that_follow(drawn):
             assert part not in some or f"{part.name} {value} [{low}, {high}]" in cells[2]
             paper_is = f"{part.name} {value} [{low}, {high}], paper {form.format(part.paper or 0)}"
             assert part not in some or part.paper is None or paper_is in cells[2]
+
+
+def test_a_training_that_had_ended_before_notebook_01_began_counts_in_the_time():
+    """By its log: 40 steps of 100 images at 10 and then 60 at 20 images a second take 400 and 300 s."""
+    log = [dict(step=40, images_per_second=10.0), dict(step=40, knn_accuracy=0.5), dict(step=100, images_per_second=20.0)]
+    results = dict(
+        logs=dict(contrastive=log, supervised=[dict(step=3, images_per_second=30.0)]), encoders=dict(contrastive="a/b")
+    )
+    parameters = dict(batch_size=100, supervised_batch_size=200)
+
+    def loaded(seconds, results):
+        return record.Loaded(results, dict(seconds=seconds, parameters=parameters), "")
+
+    others, done = loaded(60.0, {}), loaded(10.0, results)
+    assert report._minutes([others, done, others]) == pytest.approx((120 + 700 + 20) / 60)
+    assert report._minutes([others, loaded(1000.0, results), others]) == pytest.approx((120 + 1000) / 60)
+    kept = results | dict(encoders=dict(contrastive="contrastive-kept/encoder.safetensors"))
+    assert report._minutes([others, loaded(10.0, kept), others]) == pytest.approx((120 + 20) / 60)
