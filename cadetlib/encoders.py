@@ -34,6 +34,12 @@ DEPTHS: dict[str, tuple[str, tuple[int, ...]]] = {  # torchvision's block, and h
     "resnet50": ("Bottleneck", (3, 4, 6, 3)),
     "resnet101": ("Bottleneck", (3, 4, 23, 3)),
 }
+STEMS = {  # kernel, stride and padding of the first layer, and whether its values are rectified
+    "imagenet": ((7, 2, 3), True),  # then a max pooling
+    "cifar": ((3, 1, 1), True),
+    "cifar-padded": ((3, 1, 2), True),  # solo-learn's
+    "cifar-linear": ((3, 1, 1), False),  # lightly's own network, cut into an nn.Sequential
+}
 
 
 def block_of(arch: str) -> type[BasicBlock] | type[Bottleneck]:
@@ -78,8 +84,8 @@ def _stage(block: type[BasicBlock] | type[Bottleneck], depth: int, channels: int
 class ResNet(nn.Module):
     """He et al.'s residual network without its classifier: [0, 1] images (N, 3, S, S) -> pooled features (N, dim).
 
-    arch: a key of DEPTHS; width: channels of the first stage (64 in the paper); stem: "imagenet" (7x7 stride 2 and max
-    pooling) or "cifar" (3x3, stride 1). Parameters carry torchvision's names.
+    arch: a key of DEPTHS; width: channels of the first stage (64 in the paper); stem: a key of STEMS, "imagenet" (7x7,
+    stride 2, and max pooling), "cifar" (3x3, stride 1) or as another library has it. Parameters carry torchvision's names.
 
     >>> ResNet("resnet18", width=8, stem="cifar", image_size=16)(torch.rand(2, 3, 16, 16)).shape
     torch.Size([2, 64])
@@ -95,17 +101,17 @@ class ResNet(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        if arch not in DEPTHS or stem not in ("imagenet", "cifar"):
-            raise ValueError(f"found arch {arch!r}, stem {stem!r}; expected one of {list(DEPTHS)} and 'imagenet' or 'cifar'")
+        if arch not in DEPTHS or stem not in STEMS:
+            raise ValueError(f"found arch {arch!r}, stem {stem!r}; expected one of {list(DEPTHS)} and of {list(STEMS)}")
         self.config: dict[str, Any] = dict(arch=arch, width=width, stem=stem, image_size=image_size)
         self.config |= dict(mean=list(mean), std=list(std))
         self.image_size = checks.at_least(image_size, "image_size", 8)
         block, depths = block_of(arch), DEPTHS[arch][1]
         self.normalize = Normalize(mean, std)
-        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
+        first, rectified = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, width, *first, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=True) if rectified else nn.Identity()
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         self.layer1 = _stage(block, depths[0], width, width, 1)
         self.layer2 = _stage(block, depths[1], width * block.expansion, 2 * width, 2)

@@ -2,7 +2,11 @@
 
 VISSL, MoCo, lightly, solo-learn and DINO all train torchvision's ResNet and wrap it, each in prefixes of its own. What stands
 under the prefix is the encoder; heads, queues, momentum copies and optimizers are left where they are. Files are read with
-`weights_only=True`: nothing is executed. All five normalise pixels by ImageNet's mean and deviation, the default here.
+`weights_only=True`: nothing is executed.
+
+Two things that weights do not show follow the library. Pixels: all five normalise by ImageNet's mean and deviation, but for
+solo-learn on CIFAR, which takes CIFAR-10's. The first layer for small images: solo-learn pads it by two pixels, the others by
+one, and lightly's own network loses the ReLU behind it where it is cut into an nn.Sequential, as lightly's examples do.
 """
 
 from __future__ import annotations
@@ -28,22 +32,30 @@ PREFIXES = (  # in this order: of a student and a teacher, or a query and a key 
     ("DINO", "teacher.module.backbone."),
     ("DINO", "teacher.backbone."),
     ("DINO", "student.module.backbone."),
-    ("lightly, solo-learn", "backbone."),
+    ("lightly", "backbone."),
     ("solo-learn", "encoder."),
     ("torchvision in DataParallel", "module."),
     ("torchvision, DINO", ""),
 )
-_NUMBERED = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}  # nn.Sequential
-_HEAD = re.compile(r"(fc|head|classifier|projector|projection_head)\.")  # beside the encoder under its own prefix
+_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+_OF_SOLO_LEARN = ("classifier.", "projector.")  # what it keeps beside its backbone, as it trains
+_SMALL = {"solo-learn": "cifar-padded", "lightly's own, cut": "cifar-linear"}  # stems for small images that differ
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # solo-learn's for CIFAR-10
+_HEAD = re.compile(r"(fc|linear|head|classifier|projector|projection_head)\.")  # beside the encoder under its own prefix
 
 
 def load(
-    path: str | Path, image_size: int = 0, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    path: str | Path,
+    image_size: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    stem: str = "",
 ) -> ResNet:
-    """The encoder of a foreign checkpoint, in eval mode; architecture, width and stem are read off its weights.
+    """The encoder of a foreign checkpoint, in eval mode; architecture and width are read off its weights.
 
-    image_size 0: 224 with ImageNet's stem, 32 with CIFAR's. mean and std: of the pixels it was trained on; to keep others
-    than ImageNet's, save the result with `encoders.save_encoder`. FileNotFoundError without a file; ValueError when nothing in
+    image_size 0: 224 with ImageNet's stem, 32 with CIFAR's. mean and std, of the pixels it was trained on, and stem, a key of
+    encoders.STEMS: by default those of the library. An encoder that was trained with others (solo-learn's on CIFAR-100, to name
+    one) is loaded with them and saved by `encoders.save_encoder`. FileNotFoundError without a file; ValueError when nothing in
     it looks like a ResNet, or when weights are missing, left over or of another shape, which it names.
 
     >>> from tempfile import TemporaryDirectory
@@ -56,8 +68,10 @@ def load(
     path = Path(path)
     tensors = flattened(_read(path))
     library, weights = encoder_weights(tensors, path.name)
-    arch, width, stem = architecture(weights, path.name)
-    encoder = ResNet(arch, width, stem, image_size or (224 if stem == "imagenet" else 32), mean, std)
+    arch, width, seen = architecture(weights, path.name)
+    stem = stem or (_SMALL.get(library, seen) if seen == "cifar" else seen)
+    usual = (CIFAR_MEAN, CIFAR_STD) if stem == "cifar-padded" else (IMAGENET_MEAN, IMAGENET_STD)
+    encoder = ResNet(arch, width, stem, image_size or (224 if stem == "imagenet" else 32), mean or usual[0], std or usual[1])
     _fit(encoder, weights, f"{path.name}, named as {library} does")
     return encoder.eval()
 
@@ -101,6 +115,11 @@ def encoder_weights(tensors: Mapping[str, Tensor], name: str = "checkpoint") -> 
             own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             own = _named(own)
             if "conv1.weight" in own and "layer1.0.conv1.weight" in own:
+                beside = tuple(container + name for name in _OF_SOLO_LEARN)
+                if prefix == "backbone." and any(k.startswith(beside) for k in tensors):
+                    library = "solo-learn"
+                if f"{start}2.0.conv1.weight" in tensors:  # no layer between the first norm and the first stage
+                    library = "lightly's own, cut"
                 return library, {k: v for k, v in own.items() if not _HEAD.match(k)}
     expected = ", ".join(f"{library} ({prefix or 'no prefix'})" for library, prefix in PREFIXES)
     raise ValueError(
@@ -110,10 +129,13 @@ def encoder_weights(tensors: Mapping[str, Tensor], name: str = "checkpoint") -> 
 
 
 def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of the layers for their numbers, when the network was cut into an nn.Sequential, as lightly's examples do."""
-    if "0.weight" not in weights or "4.0.conv1.weight" not in weights:
-        return dict(weights)
-    return {_NUMBERED.get(k[:2], k[:2]) + k[2:]: v for k, v in weights.items()}
+    """torchvision's names for lightly's: layers by their number in an nn.Sequential, a shortcut that is called so."""
+    if "0.weight" in weights and "1.running_mean" in weights:
+        parted = {k: k.partition(".") for k in weights}
+        numbers = sorted({first for first, _, _ in parted.values() if first.isdigit()}, key=int)
+        layers = dict(zip(numbers, _LAYERS, strict=False))
+        weights = {f"{layers.get(first, first)}.{rest}": weights[k] for k, (first, _, rest) in parted.items()}
+    return {k.replace(".shortcut.", ".downsample."): v for k, v in weights.items()}
 
 
 def architecture(weights: Mapping[str, Tensor], name: str = "checkpoint") -> tuple[str, int, str]:

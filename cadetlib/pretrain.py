@@ -77,7 +77,7 @@ class Settings:
     objective: str = "contrastive"  # "contrastive" (Eq. 1) or "supervised" (cross entropy)
     arch: str = "resnet50"
     width: int = 64  # channels of the first stage
-    stem: str = "imagenet"  # "imagenet" or "cifar"
+    stem: str = "imagenet"  # "imagenet" or "cifar", of encoders.STEMS
     image_size: int = 224
     head_hidden: int = 2048
     head_dim: int = 128

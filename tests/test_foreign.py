@@ -105,6 +105,44 @@ def test_features_are_the_networks_whatever_its_weights_are_called(naming, small
         torch.testing.assert_close(encoder(x), features(small, x), rtol=1e-4, atol=1e-4)
 
 
+def small_images_network(padding, relu):
+    """torchvision's parts with a first layer for small images."""
+    model = network(3)
+    model.conv1, model.maxpool, model.relu = nn.Conv2d(3, 64, 3, 1, padding, bias=False), nn.Identity(), relu
+    return model
+
+
+def lightlys_own(state, other):
+    """lightly's ResNetGenerator, cut into an nn.Sequential: no ReLU of its own, no max pooling, shortcuts that are called so."""
+    numbers = dict(conv1=0, bn1=1, layer1=2, layer2=3, layer3=4, layer4=5)
+    named = {f"backbone.{numbers[k.split('.')[0]]}.{k.partition('.')[2]}": v for k, v in under("", state, "fc.").items()}
+    named = {k.replace("downsample", "shortcut"): v for k, v in named.items()}
+    return dict(state_dict=named | {"projection_head.layers.0.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "naming, padding, relu, statistics",
+    [
+        (lightlys_own, 1, nn.Identity(), (encoders.IMAGENET_MEAN, encoders.IMAGENET_STD)),
+        (moco, 1, nn.ReLU(), (encoders.IMAGENET_MEAN, encoders.IMAGENET_STD)),
+        (solo_learn, 2, nn.ReLU(), (foreign.CIFAR_MEAN, foreign.CIFAR_STD)),
+        (solo_learn_old, 2, nn.ReLU(), (foreign.CIFAR_MEAN, foreign.CIFAR_STD)),
+    ],
+)
+def test_the_first_layer_for_small_images_and_the_pixels_are_the_librarys(naming, padding, relu, statistics, tmp_path):
+    model = small_images_network(padding, relu)
+    torch.save(naming(model.state_dict(), model.state_dict()), tmp_path / "a.ckpt")
+    encoder = encoders.load_encoder(tmp_path / "a.ckpt")
+    assert encoder.image_size == 32
+    x = images(size=32)
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in statistics)
+    model.fc = nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), model((x - mean) / std), rtol=1e-4, atol=1e-4)
+    path = encoders.save_encoder(encoder, tmp_path / "encoder.safetensors")
+    assert encoders.fingerprint(encoders.load_encoder(path)) == encoders.fingerprint(encoder)
+
+
 def test_resnet_50_and_the_cifar_stem_are_seen_from_the_weights(tmp_path):
     large = models.resnet50()
     torch.save(moco(large.state_dict(), {}), tmp_path / "a.ckpt")
@@ -113,7 +151,7 @@ def test_resnet_50_and_the_cifar_stem_are_seen_from_the_weights(tmp_path):
     torch.testing.assert_close(found.layer4[2].conv3.weight, large.layer4[2].conv3.weight)
     thin = encoders.ResNet("resnet18", 8, "cifar", 32, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)).eval()
     torch.save(solo_learn(thin.state_dict(), {}), tmp_path / "b.ckpt")
-    again = foreign.load(tmp_path / "b.ckpt", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    again = foreign.load(tmp_path / "b.ckpt", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), stem="cifar")
     assert again.config == thin.config
     assert encoders.fingerprint(again) == encoders.fingerprint(thin)
 
