@@ -27,8 +27,8 @@ PARAMS = record.checkout() / "params" / "cifar10-cpu" / "04_cadet_tables.yaml"
 
 def held_out(given: Mapping[str, Any]) -> data.ImageSet:
     """The in-distribution images of notebook 04 with these parameters."""
-    images = experiments.labelled(given["in_distribution"], [], given["image_size"])
-    return experiments.some_of(images, given["n_held_out"], given["seed"])
+    images = experiments.labelled(given["in_distribution"], [], given["n_held_out"], given["seed"])
+    return images.resized(given["image_size"])
 
 
 def attacked(victim: nn.Module, images: data.ImageSet, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -77,8 +77,8 @@ def classifier(network: str, given: Mapping[str, Any]) -> encoders.Classifier:
         return experiments.load_victim(Path(), {}, network)
     file = record.checkout() / "outputs" / "reference" / given["profile"] / "pretraining" / network / "encoder.safetensors"
     encoder = encoders.placed(encoders.load_encoder(file))
-    training = experiments.labelled(given["training"], [], given["image_size"], given["n_training"], given["seed"])
-    return comparison.known(encoder, file, training).classifier
+    training = experiments.labelled(given["training"], [], given["n_training"], given["seed"])
+    return comparison.known(encoder, file, training, given["image_size"]).classifier
 
 
 def main() -> None:

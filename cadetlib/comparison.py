@@ -76,38 +76,37 @@ class Field:
 
 @dataclass(frozen=True)
 class Known:
-    """What detectors learn from: training images with labels, an encoder's features of them, and the classifier on top.
+    """What detectors learn from: an encoder's features of labelled training images, and the classifier on top.
 
     >>> images, labels = torch.rand(6, 3, 2, 2), torch.arange(6) % 2
-    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(12, 2)), images, images.flatten(1), labels)
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(12, 2)), images.flatten(1), labels)
     >>> learned_from.classifier(images).shape
     torch.Size([6, 2])
     """
 
     classifier: encoders.Classifier
-    images: Tensor  # (N, 3, S, S)
     features: Tensor  # (N, D)
     labels: Tensor  # (N,)
 
 
-def known(encoder: nn.Module, file: str | Path, training: data.ImageSet, dtype: str = "float32") -> Known:
+def known(encoder: nn.Module, file: str | Path, training: data.ImageSet, size: int, dtype: str = "float32") -> Known:
     """The encoder with the head its file holds, else with a linear probe on the training images, which the paper leaves open.
+
+    size: to which training images are brought; those of a folder are read block by block and not kept.
 
     >>> from tempfile import TemporaryDirectory
     >>> encoder = encoders.ResNet("resnet10", width=4, stem="cifar", image_size=8).eval()
     >>> training = data.load("digits-train").of_classes([0, 1])[:40]
     >>> with TemporaryDirectory() as folder:
-    ...     learned_from = known(encoder, encoders.save_encoder(encoder, f"{folder}/encoder.safetensors"), training)
+    ...     learned_from = known(encoder, encoders.save_encoder(encoder, f"{folder}/encoder.safetensors"), training, 8)
     >>> learned_from.features.shape, learned_from.classifier.head.out_features
     (torch.Size([40, 32]), 2)
     """
-    if training.labels is None:
-        raise ValueError(f"{training.name}: found no labels, expected labelled training images for the detectors that need them")
-    features = embed.embed(encoder, training.images, dtype=dtype)
+    features, labels = experiments.features(encoder, training, size, dtype)
     head = encoders.head_of(file)
-    head = probe.linear_probe(features, training.labels) if head is None else head
+    head = probe.linear_probe(features, labels) if head is None else head
     classifier = encoders.Classifier(encoder, head.to(encoders.device_of(encoder))).eval()
-    return Known(classifier, training.images, features, training.labels)
+    return Known(classifier, features, labels)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def post_hoc_rows(
     """The detectors that need features alone, each set embedded once for all of them; settings: name -> keywords of its class.
 
     >>> images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 2
-    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(192, 2)), images, images.flatten(1), labels)
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(192, 2)), images.flatten(1), labels)
     >>> sets, divisions = {"in-distribution": images, "noise": torch.rand(5, 3, 8, 8)}, experiments.splits(12, 1, 4, 4)
     >>> field = Field(sets, {"noise": False}, divisions)
     >>> rows = post_hoc_rows(["MSP", "SSD"], "contrastive", field, learned_from, {}, say=lambda _: None)
@@ -238,7 +237,7 @@ def odin_rows(
     tuning: clean and attacked images that no row is scored on.
 
     >>> images, labels = torch.rand(12, 3, 4, 4), torch.arange(12) % 2
-    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images, images.flatten(1), labels)
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images.flatten(1), labels)
     >>> sets = {"in-distribution": images, "PGD": images.flip(-1), "noise": torch.rand(5, 3, 4, 4)}
     >>> field = Field(sets, {"PGD": True, "noise": False}, experiments.splits(12, 1, 4, 4))
     >>> rows = odin_rows("contrastive", field, learned_from, (images[:4], images[4:8]), {}, say=lambda _: None)
@@ -247,7 +246,7 @@ def odin_rows(
     """
     say(f"ODIN, {encoder} encoder")
     clean = field.sets[IN_DISTRIBUTION]
-    odin = DETECTORS["ODIN"]().fit(learned_from.classifier, learned_from.images, learned_from.labels)
+    odin = DETECTORS["ODIN"]().fit(learned_from.classifier, tuning[0])  # which learns nothing
     scores = {name: odin.score_samples(images) for name, images in field.sets.items()}
     about = dict(seconds=seconds_per_image(odin.score_samples, clean), forwards=odin.forwards)
     rows = rows_of("ODIN", encoder, field, scores, cadet_pairs, tuned=False, **about)
@@ -272,7 +271,7 @@ def hu_rows(
     attacked images that no row is scored on.
 
     >>> images, labels = torch.rand(12, 3, 4, 4), torch.arange(12) % 2
-    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images, images.flatten(1), labels)
+    >>> learned_from = Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images.flatten(1), labels)
     >>> field = Field({"in-distribution": images, "PGD": images.flip(-1)}, {"PGD": True}, experiments.splits(12, 1, 4, 4))
     >>> settings, tuning = dict(lr=100.0, radius=0.5, cap_targeted=5, cap_untargeted=5), (images[:4], images[4:8])
     >>> rows = hu_rows("contrastive", field, learned_from, tuning, {}, settings, say=lambda _: None)

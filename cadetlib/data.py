@@ -79,6 +79,10 @@ class ImageSet:
         parts = [(resize_to(part, size) * 255).round().to(torch.uint8) for part in self.images.split(1000)]
         return replace(self, images=torch.cat(parts))
 
+    def blocks(self, size: int, n: int = 1024) -> Iterator[ImageSet]:
+        """All images brought to `size` x `size`, n at a time: of a folder no more than that are in memory."""
+        yield from (self[start : start + n].resized(size) for start in range(0, len(self), n))
+
     def of_classes(self, classes: Sequence[int]) -> ImageSet:
         """The images whose label is one of `classes`, in their order; all images when `classes` is empty."""
         if not classes:
@@ -120,6 +124,23 @@ class FolderSet(ImageSet):
 
         ValueError lists every file that cannot be read when they are more.
         """
+        (whole,) = self.blocks(size, max(len(self), 1))
+        return whole
+
+    def blocks(self, size: int, n: int = 1024) -> Iterator[ImageSet]:
+        """As `resized`, n files at a time; the ValueError comes after the last, and lists those of all blocks."""
+        errors = []
+        for start in range(0, max(len(self), 1), n):
+            block, unreadable = self[start : start + n]._read(size)
+            errors += unreadable
+            yield block
+        if len(errors) > self.allow_unreadable:
+            raise ValueError(too_many_unreadable(self.name, errors, self.allow_unreadable))
+        if errors:
+            print(f"{self.name}: LEFT OUT {len(errors)} unreadable images:", *errors, sep="\n", flush=True)
+
+    def _read(self, size: int) -> tuple[ImageSet, list[str]]:
+        """What can be read, and what is wrong with each of the other files."""
         pixels = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
 
         def read(index: int) -> str:
@@ -132,13 +153,10 @@ class FolderSet(ImageSet):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             errors = list(pool.map(read, range(len(self))))
         unreadable = [error for error in errors if error]
-        if len(unreadable) > self.allow_unreadable:
-            raise ValueError(too_many_unreadable(self.name, unreadable, self.allow_unreadable))
         if not unreadable:
-            return ImageSet(self.name, pixels, self.labels)
-        print(f"{self.name}: LEFT OUT {len(unreadable)} unreadable images:", *unreadable, sep="\n", flush=True)
+            return ImageSet(self.name, pixels, self.labels), []
         readable = torch.tensor([not error for error in errors])
-        return ImageSet(self.name, pixels[readable], None if self.labels is None else self.labels[readable])
+        return ImageSet(self.name, pixels[readable], None if self.labels is None else self.labels[readable]), unreadable
 
 
 def too_many_unreadable(name: str, errors: Sequence[str], allow: int, more: str = "") -> str:

@@ -245,11 +245,11 @@ def attacked(
     digest.update(json.dumps([name, settings, list(images.shape), str(images.dtype)], sort_keys=True).encode())
     digest.update(images.cpu().contiguous().numpy().tobytes() + labels.cpu().contiguous().numpy().tobytes())
     path = Path(cache) / f"attack-{digest.hexdigest()[:32]}.safetensors"
-    if path.is_file():
-        return encoders.read_safetensors(path, "cadetlib.images")[0]["images"]
-    result = attacks.ATTACKS[name](classifier, images, labels, **settings).cpu()
-    encoders.write_safetensors(path, {"images": result.contiguous()}, "cadetlib.images")
-    return result
+    if not path.is_file():
+        made = attacks.ATTACKS[name](classifier, images, labels, **settings)
+        encoders.write_safetensors(path, {"images": made}, "cadetlib.images")
+        del made  # what is read next stays in the file, mapped: in memory only while it is looked at
+    return encoders.read_safetensors(path, "cadetlib.images")[0]["images"]
 
 
 def attack_settings(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,11 +345,12 @@ def attack_strength(classifier: nn.Module, images: Tensor, labels: Tensor, attac
     >>> [(row["images"], row["linf"]) for row in rows], rows[0]["accuracy"]
     ([('clean', 0.0), ('brighter', 0.25)], 1.0)
     """
-    clean = resize_to(images, images.shape[-1])
-    rows = [dict(images="clean", accuracy=attacks.accuracy(classifier, clean, labels), linf=0.0, l2=0.0)]
+    rows = [dict(images="clean", accuracy=attacks.accuracy(classifier, images, labels), linf=0.0, l2=0.0)]
     for name, moved in attacked_sets.items():
-        change = (moved - clean).flatten(1)
-        linf, l2 = float(change.abs().amax(1).mean()), float(change.norm(dim=1).mean())
+        blocks = zip(moved.split(1024), images.split(1024), strict=True)
+        changes = ((after - resize_to(x, x.shape[-1])).flatten(1) for after, x in blocks)
+        lengths = torch.cat([torch.stack([c.norm(order, dim=1) for order in (torch.inf, 2)]) for c in changes], dim=1)
+        linf, l2 = lengths.mean(dim=1).tolist()
         rows.append(dict(images=name, accuracy=attacks.accuracy(classifier, moved, labels), linf=linf, l2=l2))
     return rows
 
@@ -547,16 +548,29 @@ def some_of(images: data.ImageSet, n: int, seed: int) -> data.ImageSet:
     return images[data.split(len(images), {"some": n}, seed)["some"].sort().values] if n else images
 
 
-def labelled(name: str, classes: Sequence[int], size: int, n: int = 0, seed: int = 0, allow_unreadable: int = 0) -> data.ImageSet:
-    """Images of those classes, at most n (0: all), brought to size x size, labelled as a classifier of `classes` counts.
+def labelled(name: str, classes: Sequence[int], n: int = 0, seed: int = 0, allow_unreadable: int = 0) -> data.ImageSet:
+    """Images of those classes, at most n (0: all), labelled as a classifier of `classes` counts; a folder's are not read yet.
 
-    >>> digits = labelled("digits-test", classes=[3, 7], size=16, n=20)
-    >>> digits.images.shape, digits.labels.unique().tolist()
-    (torch.Size([20, 3, 16, 16]), [0, 1])
+    >>> digits = labelled("digits-test", classes=[3, 7], n=20)
+    >>> len(digits), digits.labels.unique().tolist()
+    (20, [0, 1])
     """
     chosen = data.load(name, allow_unreadable=allow_unreadable).of_classes(classes)
-    chosen = some_of(chosen, min(n, len(chosen)), seed).resized(size)
+    chosen = some_of(chosen, min(n, len(chosen)), seed)
     return replace(chosen, labels=positions(chosen.labels, classes))
+
+
+def features(encoder: nn.Module, images: data.ImageSet, size: int, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,) of labelled images brought to size x size; of a folder only a block is in memory.
+
+    >>> z, labels = features(nn.Flatten(), data.load("digits-test")[:5], size=4)
+    >>> z.shape, labels.shape
+    (torch.Size([5, 48]), torch.Size([5]))
+    """
+    if images.labels is None:
+        raise ValueError(f"{images.name}: found no labels, expected labelled images")
+    parts = [(embed.embed(encoder, b.images, dtype=dtype), b.labels) for b in images.blocks(size) if len(b)]
+    return torch.cat([z for z, _ in parts]), torch.cat([labels for _, labels in parts if labels is not None])
 
 
 def anomalous(images: data.ImageSet, n: int, size: int, in_distribution: str, n_held_out: int, seed: int) -> Tensor:
@@ -596,33 +610,31 @@ def accuracy(classifier: encoders.Classifier, images: data.ImageSet) -> float:
     return attacks.accuracy(classifier, images.images, images.labels)
 
 
-def encoder_quality(encoder: nn.Module, training: data.ImageSet, held_out: data.ImageSet) -> Row:
-    """What an encoder's features know of the labels: kNN and linear-probe accuracy on held-out images.
+def encoder_quality(encoder: nn.Module, training: data.ImageSet, held_out: data.ImageSet, size: int) -> Row:
+    """What an encoder's features of images at size x size know of the labels: kNN and linear-probe accuracy on held-out ones.
 
     Beside each accuracy the `_low` and `_high` of its 95 % interval (Clopper-Pearson): over images, the encoder held fixed.
 
     >>> training, held_out = (data.load(name).of_classes([0, 1])[:60] for name in ("digits-train", "digits-test"))
-    >>> quality = encoder_quality(nn.Flatten(), training, held_out)
+    >>> quality = encoder_quality(nn.Flatten(), training, held_out, size=8)
     >>> quality["knn_accuracy"], quality["n_features"]
     (1.0, 192)
     """
-    if training.labels is None or held_out.labels is None:
-        raise ValueError(f"found no labels in {training.name} or {held_out.name}, expected labelled images")
-    known, asked = embed.embed(encoder, training.images), embed.embed(encoder, held_out.images)
-    head = probe.linear_probe(known, training.labels)
+    (known, labels), (asked, truth) = (features(encoder, images, size) for images in (training, held_out))
+    head = probe.linear_probe(known, labels)
     accuracies = dict(
-        knn_accuracy=probe.knn_accuracy(known, training.labels, asked, held_out.labels),
-        linear_probe_accuracy=float((head(asked).argmax(1) == held_out.labels).double().mean()),
+        knn_accuracy=probe.knn_accuracy(known, labels, asked, truth),
+        linear_probe_accuracy=float((head(asked).argmax(1) == truth).double().mean()),
     )
-    intervals = {k: metrics.binomial_interval(round(v * len(held_out)), len(held_out)) for k, v in accuracies.items()}
+    intervals = {k: metrics.binomial_interval(round(v * len(truth)), len(truth)) for k, v in accuracies.items()}
     return dict(
         **accuracies,
         **{f"{k}_{end}": getattr(interval, end) for k, interval in intervals.items() for end in ("low", "high")},
-        n_classes=int(training.labels.max()) + 1,
+        n_classes=int(labels.max()) + 1,
         n_features=known.shape[1],
         n_parameters=encoders.n_parameters(encoder),
-        n_training=len(training),
-        n_held_out=len(held_out),
+        n_training=len(labels),
+        n_held_out=len(truth),
         fingerprint=encoders.fingerprint(encoder),
     )
 

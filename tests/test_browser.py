@@ -46,7 +46,7 @@ def network(name):
 
 def images_of_04():
     """Digits 0 to 6, digits 7 to 9, and the former with noise, which stand in for the attacked ones."""
-    normal = experiments.labelled("digits-test", range(7), SIDE, N_IN).images
+    normal = experiments.labelled("digits-test", range(7), N_IN).resized(SIDE).images
     unseen = experiments.anomalous(data.load("digits-7-to-9"), N_OUT, SIDE, "digits-test", N_IN, 0)
     noisy = corruptions.gaussian_noise(resize_to(normal, SIDE), 0.05).clamp(0, 1)
     return {"in-distribution": normal, "digits-7-to-9": unseen, "noise": noisy}
@@ -187,7 +187,7 @@ def expected(folder, name, normal, threshold):
     seen = {"in-distribution": sets["in-distribution"][test], "noise": sets["noise"][test]}
     seen |= {
         "digits-7-to-9": sets["digits-7-to-9"],
-        "digits-train": experiments.labelled("digits-train", range(7), SIDE, 200).images,
+        "digits-train": experiments.labelled("digits-train", range(7), 200).resized(SIDE).images,
     }
     shares = {one: (detector.p_values(seen[one]) <= threshold).double().mean() for one in (normal, "digits-7-to-9", "noise")}
     promise = metrics.beta_false_positive_interval(99, threshold).expected

@@ -22,7 +22,7 @@ def world(tmp_path_factory):
     held_out, unseen = digits.of_classes(range(5))[:90], digits.of_classes(range(5, 10))[:40]
     training = data.load("digits-train").of_classes(range(5))[:200]
     file = encoders.save_encoder(network, tmp_path_factory.mktemp("encoder") / "encoder.safetensors")
-    known = comparison.known(network, file, training)
+    known = comparison.known(network, file, training, 8)
     moved = attacks.fgsm(known.classifier, held_out.images, held_out.labels, eps=0.1)
     sets = {IN_DISTRIBUTION: held_out.images, "unseen": unseen.images, "FGSM": moved}
     divisions = experiments.splits(90, 2, 20, 30)
@@ -56,9 +56,10 @@ def of(rows, detector, anomaly):
 
 def test_settings_reach_their_detector_and_no_other(world, rows):
     _, known, field = world
+    training = data.load("digits-train").of_classes(range(5))[:200]
     settings = {"ViM": dict(n_principal=3)}
     told = comparison.post_hoc_rows(["ViM", "MSP"], "contrastive", field, known, {}, settings=settings, say=lambda _: None)
-    detector = DETECTORS["ViM"](n_principal=3).fit(known.classifier, known.images, known.labels)
+    detector = DETECTORS["ViM"](n_principal=3).fit(known.classifier, training.images, training.labels)
     scores = {name: detector.score_samples(images) for name, images in field.sets.items()}
     for anomaly in field.anomalies:
         expected = [metrics.auroc(*pair) for pair in field.pairs(scores, anomaly)]
@@ -114,6 +115,6 @@ def test_a_head_in_the_file_is_taken_before_a_probe(world, tmp_path):
     head = nn.Linear(32, 5)
     file = encoders.save_encoder(network, tmp_path / "classifier.safetensors", head=head)
     training = data.load("digits-train").of_classes(range(5))[:50]
-    assert torch.equal(comparison.known(network, file, training).classifier.head.weight, head.weight)
+    assert torch.equal(comparison.known(network, file, training, 8).classifier.head.weight, head.weight)
     with pytest.raises(ValueError, match="no labels"):
-        comparison.known(network, file, data.ImageSet("bare", training.images))
+        comparison.known(network, file, data.ImageSet("bare", training.images), 8)

@@ -169,7 +169,7 @@ def test_an_encoders_accuracies_carry_their_interval():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 6))
-    row = experiments.encoder_quality(encoder, images("a", 60), images("b", 50))
+    row = experiments.encoder_quality(encoder, images("a", 60), images("b", 50), 4)
     for key in ("knn_accuracy", "linear_probe_accuracy"):
         expected = stats.binomtest(round(50 * row[key]), 50).proportion_ci(method="exact")
         assert 0.3 < row[key] < 1 and row["n_held_out"] == 50

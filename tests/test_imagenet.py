@@ -62,6 +62,26 @@ def test_all_unreadable_files_are_named(root, monkeypatch):
     assert "a.JPEG: found no readable" in str(refusal.value) and "e.webp: found no readable" in str(refusal.value)
 
 
+def test_blocks_are_the_whole_read_a_few_files_at_a_time(root, monkeypatch, capsys):
+    name_it(monkeypatch)
+    whole = data.load("small").resized(8)
+    opened = []
+    monkeypatch.setattr(data, "read_image", lambda path, size, read=data.read_image: opened.append(path) or read(path, size))
+    for i, block in enumerate(data.load("small").blocks(8, n=2)):
+        assert torch.equal(block.images, whole.images[2 * i : 2 * i + 2]) and len(opened) == min(2 * i + 2, 5)
+    for name in ("n02/a.JPEG", "n10/e.webp"):
+        (root / "small" / name).write_bytes(b"\xff\xd8\xff no image")
+    flat = torch.nn.Flatten()
+    with pytest.raises(ValueError, match="found 2 unreadable images, expected at most allow_unreadable = 1") as refusal:
+        list(data.load("small", allow_unreadable=1).blocks(8, n=2))
+    assert "a.JPEG" in str(refusal.value) and "e.webp" in str(refusal.value)  # of different blocks
+    allowed = data.load("small", allow_unreadable=2)
+    monkeypatch.setattr(data.FolderSet, "blocks", lambda self, size, n=1, blocks=data.FolderSet.blocks: blocks(self, size, 1))
+    z, labels = experiments.features(flat, allowed, 8)
+    assert torch.equal(z, whole.images[[0, 1, 3]].flatten(1) / 255) and labels.tolist() == [0, 0, 1]
+    assert "LEFT OUT 2" in capsys.readouterr().out
+
+
 def test_so_many_unreadable_files_are_left_out_as_the_user_allows(root, monkeypatch, capsys):
     name_it(monkeypatch)
     whole = data.load("small").resized(8)
