@@ -107,7 +107,7 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     >>> moved.unique()
     tensor([0.2500, 0.7500])
     """
-    x = checks.images(images)
+    x, eps = checks.images(images), checks.not_negative(eps, "eps")
     draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_SIGNS]), x[0].numel()).view_as(x)
     return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
 

@@ -246,15 +246,23 @@ def accuracy(classifier: nn.Module, images: Any, labels: Any, batch_size: int = 
     >>> accuracy(brighter_is_1, torch.stack([torch.zeros(3, 2, 2), torch.ones(3, 2, 2)]), [0, 0])
     0.5
     """
-    x = checks.images(images)
-    y = checks.labels(labels, len(x))
-    checks.at_least(batch_size, "batch_size", 1)
-    n_correct = 0
+    return float(correct(classifier, images, labels, batch_size).double().mean())
+
+
+def correct(classifier: nn.Module, images: Any, labels: Any, batch_size: int = 512) -> Tensor:
+    """Whether the largest logit of each image (N, 3, H, W), uint8 or [0, 1], is its label's (N,): (N,) bool on the CPU.
+
+    >>> correct(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(3, 3, 2, 2), [0, 1, 0]).dtype
+    torch.bool
+    """
+    x = checks.as_tensor(images, "images")
+    y = checks.labels(labels, len(x) if x.ndim else 0)
+    batch_size, found = checks.at_least(batch_size, "batch_size", 1), []
     with evaluating(classifier) as device, torch.no_grad():
         for some, their_labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            logits = encode(classifier, some.to(device), "classifier")
-            n_correct += int((logits.argmax(dim=1) == checks.in_classes(their_labels, logits.shape[1]).to(device)).sum())
-    return n_correct / len(x)
+            logits = encode(classifier, checks.images(some).to(device), "classifier")
+            found.append((logits.argmax(dim=1) == checks.in_classes(their_labels, logits.shape[1]).to(device)).cpu())
+    return torch.cat(found)
 
 
 def _in_batches(
@@ -307,13 +315,7 @@ def count_classes(classifier: nn.Module, image: Tensor) -> int:
     >>> count_classes(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
     2
     """
-    try:
-        logits = encode(classifier, image.requires_grad_(), "classifier")
-    except RuntimeError as error:
-        raise ValueError(
-            f"classifier: found {type(classifier).__name__}, which fails on an image {tuple(image.shape[1:])} ({error}), "
-            "expected a cadetlib.encoders.Classifier for images of this size, or another module from images to logits"
-        ) from error
+    logits = encode(classifier, image.requires_grad_(), "classifier")
     if logits.shape[1] < 2:
         raise ValueError(f"classifier: returned {logits.shape[1]} logit per image, expected one per class, at least 2")
     if not logits.requires_grad or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None:

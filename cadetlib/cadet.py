@@ -61,6 +61,8 @@ def gamma(m_in: Tensor, m_out: Tensor) -> float:
     0.2
     """
     checks.at_least(len(m_in), "number of calibration images", 2)
+    if m_in.shape != m_out.shape:
+        raise ValueError(f"found m_in {tuple(m_in.shape)} and m_out {tuple(m_out.shape)}, expected one of each per image")
     std_in, std_out = float(m_in.double().std()), float(m_out.double().std())
     if not min(std_in, std_out) > _ROUNDING:
         raise ValueError(
@@ -132,7 +134,7 @@ class CADet:
         self.encoder = _module(encoder)
         self.n_views = checks.at_least(n_views, "n_views", 2)
         self.crop_scale = float(crop_scale)
-        self.image_size = int(image_size)
+        self.image_size = checks.at_least(image_size, "image_size", 2)
         self.seed = checks.seed(seed)
         self.flip = bool(flip)
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
@@ -240,6 +242,9 @@ class CADet:
         """
         tensors, metadata = encoders.read_safetensors(path, FORMAT)
         found = encoders.fingerprint(_module(encoder))
+        needed = {"encoder", "settings", "mu", "gamma", "calibration_scores", "signature"}
+        if lacking := needed - metadata.keys() - tensors.keys():
+            raise ValueError(f"{Path(path).name}: found no {sorted(lacking)}, expected a detector written by CADet.save")
         if found != metadata["encoder"]:
             raise ValueError(
                 f"encoder: found fingerprint {found[:12]}, expected {metadata['encoder'][:12]}: the detector was fitted with "
@@ -248,7 +253,7 @@ class CADet:
         if batch_size is None:
             batch_size = int(metadata.get("batch_size", 1024))  # 1024: of files that do not say it yet
         detector = cls(encoder, **json.loads(metadata["settings"]), batch_size=batch_size)
-        if not embed.same_signature(embed.signature(encoder, detector.image_size), tensors["signature"]):
+        if not embed.same_signature(encoder, embed.signature(encoder, detector.image_size), tensors["signature"]):
             raise ValueError("encoder: found other features for the detector's probe images, expected those it was fitted with")
         detector.mu_ = tensors["mu"]
         detector.gamma_ = float(tensors["gamma"])

@@ -26,7 +26,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
         return values
     try:
         return torch.from_numpy(np.array(values)) if not isinstance(values, np.ndarray) else torch.from_numpy(values.copy())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of tensors in a list that require gradients
         raise ValueError(f"{name}: found {type(values).__name__}, expected a tensor or an array of numbers ({error})") from error
 
 
@@ -66,14 +66,33 @@ def embeddings(values: Any, name: str, n_dims: int = 2, at_least: int = 1) -> Te
     return z
 
 
-def unit(z: Tensor) -> Tensor:
-    """Embeddings (..., D) without zero vectors, each divided by its length, whatever that is.
+def features(values: Any, at_least: int = 1, name: str = "features") -> Tensor:
+    """Features (N, D) as a classifier takes them: finite, float32 or float64; a zero vector is one like any other.
 
-    >>> unit(torch.tensor([[3e-30, 4e-30], [3e30, 0.0]]))  # squares would be 0 and infinite
-    tensor([[0.6000, 0.8000],
-            [1.0000, 0.0000]])
+    >>> features([[0, 0], [3, 4]]).dtype
+    torch.float32
     """
-    return F.normalize(z / torch.linalg.vector_norm(z.detach(), math.inf, dim=-1, keepdim=True), dim=-1)
+    x = as_tensor(values, name)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected (N, D)")
+    if len(x) < at_least:
+        raise ValueError(f"{name}: found {len(x)} samples, expected at least {at_least}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name}: found dtype {x.dtype}, expected real numbers")
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return finite(x.detach(), name)
+
+
+def unit(z: Tensor) -> Tensor:
+    """Embeddings (..., D), each divided by its length, whatever that is; a zero vector stays zero.
+
+    >>> unit(torch.tensor([[3e-30, 4e-30], [3e30, 0.0], [0.0, 0.0]]))  # squares would be 0 and infinite
+    tensor([[0.6000, 0.8000],
+            [1.0000, 0.0000],
+            [0.0000, 0.0000]])
+    """
+    largest = torch.linalg.vector_norm(z.detach(), math.inf, dim=-1, keepdim=True)
+    return F.normalize(z / largest.where(largest > 0, 1), dim=-1)
 
 
 def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
@@ -85,7 +104,7 @@ def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
     Traceback (most recent call last):
     ValueError: images: found shape (1, 2, 2, 3), expected (N, 3, H, W) (repeat a grey channel three times)
     """
-    x = as_tensor(values, name)
+    x = as_tensor(values, name).detach()
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
         raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected (N, 3, H, W) (repeat a grey channel three times)")
     if len(x) < at_least:
@@ -102,18 +121,31 @@ def images(values: Any, name: str = "images", at_least: int = 1) -> Tensor:
     return x.float()
 
 
-def labels(values: Any, n_images: int) -> Tensor:
+def labels(values: Any, n_images: int, name: str = "labels") -> Tensor:
     """Labels (n_images,) of any integer type -> int64.
 
     >>> labels([2, 0], n_images=2)
     tensor([2, 0])
     """
-    y = as_tensor(values, "labels")
+    y = as_tensor(values, name)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels: found dtype {y.dtype}, expected integers")
+        raise ValueError(f"{name}: found dtype {y.dtype}, expected integers")
     if y.shape != (n_images,):
-        raise ValueError(f"labels: found shape {tuple(y.shape)}, expected ({n_images},), one per image")
+        raise ValueError(f"{name}: found shape {tuple(y.shape)}, expected ({n_images},), one per image")
     return y.long()
+
+
+def classes(values: Any, n_images: int, name: str = "labels") -> Tensor:
+    """Labels (n_images,) that count from 0 -> int64.
+
+    >>> classes([2, -1], n_images=2)
+    Traceback (most recent call last):
+    ValueError: labels: found -1, expected whole numbers from 0
+    """
+    y = labels(values, n_images, name)
+    if len(y) and int(y.min()) < 0:
+        raise ValueError(f"{name}: found {int(y.min())}, expected whole numbers from 0")
+    return y
 
 
 def in_classes(labels: Tensor, n_classes: int) -> Tensor:
@@ -123,6 +155,8 @@ def in_classes(labels: Tensor, n_classes: int) -> Tensor:
     Traceback (most recent call last):
     ValueError: labels: found 0 to 3, expected 0 to 2, the classifier's 3 classes
     """
+    if not len(labels):
+        raise ValueError("labels: found none, expected one at least")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_classes:
         raise ValueError(f"labels: found {low} to {high}, expected 0 to {n_classes - 1}, the classifier's {n_classes} classes")
@@ -192,12 +226,12 @@ def seed(value: int, name: str = "seed") -> int:
     3
     >>> seed(1.5)
     Traceback (most recent call last):
-    ValueError: seed: found 1.5, expected a whole number of at most 63 bits
+    ValueError: seed: found 1.5, expected a whole number of at most 64 bits, one of them the sign
     """
     try:
         whole = operator.index(value)
     except TypeError:
         whole = None
-    if whole is None or whole.bit_length() > 63:
-        raise ValueError(f"{name}: found {value!r}, expected a whole number of at most 63 bits")
+    if whole is None or not -(2**63) <= whole < 2**63:
+        raise ValueError(f"{name}: found {value!r}, expected a whole number of at most 64 bits, one of them the sign")
     return whole

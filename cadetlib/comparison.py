@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _TIMED = 32  # images that a system's seconds per image are measured on
 class Field:
     """What every system is asked about: the images of each set, and the splits of the in-distribution ones.
 
+    successful: of in-distribution images, those that the victim gets right; of attacked ones, those of these that fool it.
+
     >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "PGD": torch.rand(12, 3, 8, 8), "noise": torch.rand(5, 3, 8, 8)}
     >>> field = Field(sets, {"PGD": True, "noise": False}, experiments.splits(12, 1, n_reference=4, n_calibration=4))
     >>> field.anomalies, list(field.attacked)
@@ -41,6 +44,7 @@ class Field:
     sets: Mapping[str, Tensor]  # name -> (N, 3, S, S); among them "in-distribution"
     paired: Mapping[str, bool]  # whether image i of a set was made from in-distribution image i
     divisions: Sequence[Split]
+    successful: Mapping[str, Tensor] = dataclass_field(default_factory=dict)  # set -> (N,) bool; see `of_successful`
 
     @property
     def anomalies(self) -> list[str]:
@@ -68,7 +72,22 @@ class Field:
         sets = {IN_DISTRIBUTION: self.sets[IN_DISTRIBUTION][clean]}
         sets |= {name: self.sets[name][clean if self.paired[name] else slice(n)] for name in anomalies}
         own = Split(clean[:0], torch.arange(len(test), len(clean)), torch.arange(len(test)))
-        return Field(sets, self.paired, [own])
+        return Field(sets, self.paired, [own], {name: mask[clean] for name, mask in self.successful.items()})
+
+    def of_successful(self, pairs: Sequence[Pair], anomaly: str) -> Row:
+        """AUROC on images that the victim got right against attacks that then fooled it, as Hu et al.'s program counts them.
+
+        `auroc_successful`, its `low_` and `high_`, and the images on either side; nothing where there is no attack, or where a
+        split has fewer than two such images of a kind.
+        """
+        if anomaly not in self.successful:
+            return {}
+        clean, odd = self.successful[IN_DISTRIBUTION], self.successful[anomaly]
+        kept = [(a[clean[d.test]], b[odd[d.test]]) for (a, b), d in zip(pairs, self.divisions, strict=True)]
+        if min(len(scores) for pair in kept for scores in pair) < 2:
+            return {}
+        found = experiments.summary(kept)
+        return {f"{key}_successful": found[key] for key in ("auroc", "low", "high", "n_in", "n_out")}
 
 
 # --- encoders with a classifier's head ------------------------------------------------------------------------------------
@@ -129,6 +148,7 @@ def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs
     for anomaly in (name for name in scores if name != IN_DISTRIBUTION):
         pairs = field.pairs(scores, anomaly)
         row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | experiments.summary(pairs) | about
+        row |= field.of_successful(pairs, anomaly)
         if anomaly in cadet_pairs and (system, encoder) != CADET:
             theirs = [scored[: len(own)] for own, scored in zip(pairs[0], cadet_pairs[anomaly], strict=True)]
             test = metrics.delong_test(*pairs[0], *theirs)
@@ -177,6 +197,7 @@ def cadet_rows(
     rows = []
     for anomaly, found in pairs.items():
         row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | experiments.summary(found)
+        row |= field.of_successful(found, anomaly)
         if ("CADet", encoder) != CADET and anomaly in cadet_pairs:
             test = metrics.delong_test(*found[0], *cadet_pairs[anomaly])
             row |= dict(difference=test.difference, p_difference=test.p_value)
@@ -253,6 +274,7 @@ def odin_rows(
     tuned = tune_odin(learned_from.classifier, *tuning)
     scores = {name: tuned.score_samples(images) for name, images in field.attacked.items()}
     chosen = dict(temperature=tuned.temperature, step=tuned.step)
+    about = dict(seconds=seconds_per_image(tuned.score_samples, clean), forwards=tuned.forwards)
     return rows + rows_of("ODIN tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)
 
 
@@ -289,14 +311,21 @@ def hu_rows(
     for name, images in field.sets.items():
         say(f"Hu, {encoder} encoder: walks of {len(images)} images of {name}")
         found[name] = hu.criteria(classifier, images, **untuned.settings())
-    passes = [hu.forward_passes(c, untuned.cap_targeted, untuned.cap_untargeted).mean() for c in found.values()]
-    about = dict(seconds=seconds, forwards=float(torch.stack(passes).mean()))
+    about = dict(seconds=seconds, forwards=_passes(untuned, found))
     rows = []
     for system, detector in (("Hu", untuned), ("HuSelfCalibrated", calibrated)):
         scores = {name: detector.score_criteria(c) for name, c in found.items()}
         rows += rows_of(system, encoder, field, scores, cadet_pairs, tuned=False, **about)
     say(f"Hu, {encoder} encoder: tuning on {len(tuning[1])} attacked images")
     tuned = hu.tune_hu(classifier, *tuning, **settings)
-    scores = {name: tuned.score_samples(images) for name, images in field.attacked.items()}
+    found = {name: hu.criteria(classifier, images, **tuned.settings()) for name, images in field.attacked.items()}
+    scores = {name: tuned.score_criteria(criteria) for name, criteria in found.items()}
     chosen = {key: getattr(tuned, key) for key in hu.GRID}
+    about = dict(seconds=seconds_per_image(tuned.score_samples, clean), forwards=_passes(tuned, found))
     return rows + rows_of("Hu tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)
+
+
+def _passes(detector: hu.Hu, found: Mapping[str, hu.Criteria]) -> float:
+    """What an image cost, in passes, over all sets whose walks were measured with the detector's caps."""
+    passes = [hu.forward_passes(c, detector.cap_targeted, detector.cap_untargeted) for c in found.values()]
+    return float(torch.cat(passes).mean())

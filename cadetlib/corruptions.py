@@ -103,8 +103,8 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """
     checks.one_of(name, "corruption", SEVERITIES)
     function, amounts = SEVERITIES[name]
-    if severity not in range(1, len(amounts) + 1):
+    if checks.at_least(severity, "severity", 1) > len(amounts):
         raise ValueError(f"severity: found {severity!r}, expected a whole number from 1 to {len(amounts)}")
     x = checks.images(images).cpu()
-    parts = [function(part, amounts[severity - 1], seed).clamp(0, 1) for part in x.split(1000)]
+    parts = [function(part, amounts[int(severity) - 1], seed).clamp(0, 1) for part in x.split(1000)]
     return (torch.cat(parts) * 255).round().to(torch.uint8)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from pytorch_ood import detector as ood
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cadetlib import checks, metrics
 from cadetlib.attacks import evaluating
@@ -82,8 +81,10 @@ class PostHoc(Detector, ABC):
     def fit(self, classifier: Any, images: Any, labels: Any = None) -> Self:
         """fit_features on what classifier.encoder makes of images (N, 3, S, S), uint8 or [0, 1]; labels (N,) integers."""
         encoder, head = _parts(classifier)
-        self.fit_features(embed(encoder, images), labels, head)
+        x = checks.as_tensor(images, "images")
+        self.fit_features(embed(encoder, x), labels, head)
         self.encoder_: nn.Module | None = encoder
+        self.image_shape_ = x.shape[1:]
         return self
 
     def score_samples(self, images: Any) -> Tensor:
@@ -91,7 +92,12 @@ class PostHoc(Detector, ABC):
         encoder = getattr(self, "encoder_", None)
         if encoder is None:
             raise ValueError(f"{type(self).__name__}: found no encoder, expected fit(classifier, images, labels) before")
-        return self.score_features(embed(encoder, images))
+        x = checks.as_tensor(images, "images")
+        if x.ndim == 4 and x.shape[1:] != self.image_shape_:
+            raise ValueError(
+                f"images: found {tuple(x.shape[1:])}, expected {tuple(self.image_shape_)}, as in fit: resize them alike"
+            )
+        return self.score_features(embed(encoder, x))
 
     def fit_features(self, features: Any, labels: Any = None, head: nn.Linear | None = None) -> Self:
         """Learn from in-distribution features (N, D), their labels (N,) and the linear head that goes with them.
@@ -99,9 +105,10 @@ class PostHoc(Detector, ABC):
         Work is done on the features' device. ValueError for other shapes, labels outside the head's classes, NaN, and for
         labels or a head that are missing where `needs_labels` or `needs_logits`.
         """
-        x = _features(features)
+        x = checks.features(features)
         _check_head(head, x.shape[1], self.needs_logits, type(self).__name__)
         y = _check_labels(labels, len(x), head, self.needs_labels, type(self).__name__)
+        vars(self).pop("n_features_", None)  # should learning fail, nothing is left that scores
         self.encoder_ = None
         self.head_: Any = None if head is None else _copy(head, x.device, torch.float64)
         with torch.no_grad():
@@ -113,7 +120,7 @@ class PostHoc(Detector, ABC):
         """Scores of features (N, D): (N,) float64 on the CPU, larger = more in-distribution."""
         if not hasattr(self, "n_features_"):
             raise ValueError(f"{type(self).__name__}: found no learned values, expected fit or fit_features before")
-        x = _features(features)
+        x = checks.features(features)
         if x.shape[1] != self.n_features_:
             raise ValueError(f"features: found D = {x.shape[1]}, expected {self.n_features_}, as in fit")
         with torch.no_grad():
@@ -215,9 +222,9 @@ class ODIN(Detector):
         """Keep the classifier; images (N, 3, S, S) and labels (N,) are checked, and nothing is learned from them."""
         _, head = _parts(classifier)
         x = checks.as_tensor(images, "images")
-        _check_labels(labels, len(x), head, self.needs_labels, type(self).__name__)
-        for block in x.split(1024):
+        for block in x.split(1024) if x.ndim else [x]:
             checks.images(block)
+        _check_labels(labels, len(x), head, self.needs_labels, type(self).__name__)
         self.classifier_ = classifier
         return self
 
@@ -393,7 +400,9 @@ class Residual(PostHoc):
     def learn(self, features: Tensor, labels: Tensor, head: nn.Linear) -> None:
         n_kept = features.shape[1] - _principal_dimensions(features.shape[1], self.n_principal)
         weight, bias = self.head_.weight, self.head_.bias
-        self.origin_ = torch.zeros_like(weight[0]) if bias is None else -torch.linalg.pinv(weight) @ bias
+        # At the precision of the head: rows that sum to 0, as a probe's do, do so up to its rounding, which must not be inverted.
+        tolerance = max(weight.shape) * torch.finfo(head.weight.dtype).eps
+        self.origin_ = torch.zeros_like(weight[0]) if bias is None else -torch.linalg.pinv(weight, rtol=tolerance) @ bias
         which = torch.zeros(len(features), dtype=torch.int64, device=features.device)
         moment = second_moment(features, self.origin_[None], which)
         self.complement_ = torch.linalg.eigh(moment).eigenvectors[:, :n_kept]  # ascending eigenvalues
@@ -717,17 +726,6 @@ def _parts(classifier: Any) -> tuple[nn.Module, nn.Linear]:
     return encoder, head
 
 
-def _features(values: Any) -> Tensor:
-    """Features (N, D), finite and floating point; unlike checks.embeddings, a zero feature is allowed: it has logits."""
-    x = checks.as_tensor(values, "features")
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"features: found shape {tuple(x.shape)}, expected (N, D)")
-    if x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f"features: found dtype {x.dtype}, expected real numbers")
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return checks.finite(x.detach(), "features")
-
-
 def _check_head(head: Any, n_features: int, needed: bool, name: str) -> None:
     if head is None and not needed:
         return
@@ -736,6 +734,7 @@ def _check_head(head: Any, n_features: int, needed: bool, name: str) -> None:
     if head.in_features != n_features:
         raise ValueError(f"features: found D = {n_features}, expected {head.in_features}, the head's input")
     checks.finite(head.weight.detach(), "head's weights")
+    checks.finite(_bias(head).detach(), "head's bias")
 
 
 def _check_labels(labels: Any, n: int, head: nn.Linear | None, needed: bool, name: str) -> Tensor | None:
@@ -749,10 +748,9 @@ def _check_labels(labels: Any, n: int, head: nn.Linear | None, needed: bool, nam
 
 
 def _check_scores(scores: Tensor, n: int, name: str) -> Tensor:
-    if scores.shape != (n,) or bool(scores.isnan().any()):
-        raise ValueError(
-            f"{name}: found scores {tuple(scores.shape)}, {int(scores.isnan().sum())} of them NaN, expected ({n},) numbers"
-        )
+    if scores.shape != (n,) or not bool(scores.isfinite().all()):
+        bad = int((~scores.isfinite()).sum())
+        raise ValueError(f"{name}: found scores {tuple(scores.shape)}, {bad} of them NaN or infinite, expected ({n},) numbers")
     return scores
 
 
@@ -774,4 +772,4 @@ def _principal_dimensions(n_features: int, wanted: int | None) -> int:
 
 def _unit(features: Tensor) -> Tensor:
     """Features (n, D) at length 1; a zero feature stays zero, so that its similarity to anything is 0."""
-    return F.normalize(features, dim=1)
+    return checks.unit(features)

@@ -104,7 +104,7 @@ class ResNet(nn.Module):
         if arch not in DEPTHS or stem not in STEMS:
             raise ValueError(f"found arch {arch!r}, stem {stem!r}; expected one of {list(DEPTHS)} and of {list(STEMS)}")
         self.config: dict[str, Any] = dict(arch=arch, width=width, stem=stem, image_size=image_size)
-        self.config |= dict(mean=list(mean), std=list(std))
+        self.config |= dict(mean=[float(v) for v in mean], std=[float(v) for v in std])
         self.image_size = checks.at_least(image_size, "image_size", 8)
         block, depths = block_of(arch), DEPTHS[arch][1]
         self.normalize = Normalize(mean, std)
@@ -149,6 +149,14 @@ class ContrastiveHead(nn.Sequential):
         self[-1].bias.requires_grad_(False)  # it stays 0: SimCLRv2's last layer has a scale and no shift
 
 
+def _check_head(head: Any, dim: Any) -> None:
+    """A linear layer; of `dim` inputs, if it is known how many features the encoder has."""
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"head: found {type(head).__name__}, expected torch.nn.Linear")
+    if isinstance(dim, int) and head.in_features != dim:
+        raise ValueError(f"head: found {head.in_features} inputs, expected {dim}, the encoder's features")
+
+
 class Classifier(nn.Module):
     """An encoder and a linear head: logits = head(encoder(images)).
 
@@ -160,8 +168,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"head: found {type(head).__name__}, expected torch.nn.Linear")
+        _check_head(head, getattr(encoder, "dim", None))
         self.encoder, self.head = encoder, head
 
     @property
@@ -189,6 +196,8 @@ class _Backbone(nn.Module):
 def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
     """encoder(images) as float32 (N, D), refused when it is of another shape or holds NaN or infinite values.
 
+    Images are brought to the dtype of its weights.
+
     On a CPU an encoder in eval mode is given the images in equal pieces of about `_CPU_PIXELS`, which its caches hold.
 
     >>> encode(nn.Flatten(), torch.rand(2, 3, 4, 4)).shape
@@ -200,13 +209,25 @@ def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
     whole = encoder.training or images.device.type != "cpu"
     n_pieces = 1 if whole else math.ceil(len(images) * math.prod(images.shape[2:]) / _CPU_PIXELS)
     parts = []
-    for some in images.tensor_split(min(len(images), n_pieces)):
-        features = encoder(some)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), images.dtype)
+    for some in images.to(dtype).tensor_split(min(len(images), n_pieces)):
+        features = _applied(encoder, some, name)
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(some):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"{name}: returned {found} for {len(some)} images, expected a tensor ({len(some)}, D)")
         parts.append(features.float())
     return checks.finite(torch.cat(parts), f"{name}'s features")
+
+
+def _applied(encoder: nn.Module, images: Tensor, name: str) -> Any:
+    """encoder(images); ValueError, and not torch's own error alone, when it is one for images of another size."""
+    try:
+        return encoder(images)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        found = f"{name}: found {type(encoder).__name__}, which fails on images {tuple(images.shape)} ({error})"
+        raise ValueError(f"{found}, expected a module that takes images of this size") from error
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -278,8 +299,15 @@ def save_encoder(encoder: ResNet, path: str | Path, half: bool = False, head: nn
     >>> fingerprint(again) == fingerprint(encoder)
     True
     """
+    if not isinstance(encoder, ResNet):
+        raise ValueError(f"encoder: found {type(encoder).__name__}, expected a cadetlib.encoders.ResNet")
+    if taken := {"format", "sha256", "config"} & about.keys():
+        raise ValueError(f"about: found {sorted(taken)}, which the file says itself, expected other names")
     tensors = encoder.state_dict()
     if head is not None:
+        _check_head(head, encoder.dim)
+        if head.bias is None:
+            raise ValueError("head: found no bias, expected torch.nn.Linear with one (zeros will do)")
         tensors = {**tensors, **{f"classifier.{k}": v for k, v in head.state_dict().items()}}
     return write_safetensors(path, halved(tensors) if half else tensors, FORMAT, config=json.dumps(encoder.config), **about)
 
@@ -450,8 +478,12 @@ def _drop_classifier(network: nn.Module) -> None:
 def _timm_encoder(name: str) -> nn.Module:
     import timm
 
-    if not name or not timm.list_models(name.partition(".")[0]):
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
         raise ValueError(f"timm: found no model {name!r}, expected one of timm.list_models()")
+    pretrained = timm.list_pretrained(f"{architecture}.*")
+    if not pretrained or (name != architecture and name not in pretrained):
+        raise ValueError(f"timm: found no weights of {name!r}, expected one of {pretrained or timm.list_pretrained()[:5]}")
     network = timm.create_model(name, pretrained=True, num_classes=0)
     data: Mapping[str, Any] = timm.data.resolve_model_data_config(network)
     return _Backbone(network, data["input_size"][1], data["mean"], data["std"], f"timm:{name}").eval()

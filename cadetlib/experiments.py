@@ -355,6 +355,21 @@ def attack_strength(classifier: nn.Module, images: Tensor, labels: Tensor, attac
     return rows
 
 
+def successful(classifier: nn.Module, images: Tensor, labels: Tensor, attacked_sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which images the victim gets right and, of each attacked set, which of these it then gets wrong: set -> (N,) bool.
+
+    >>> dark_is_0 = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> with torch.no_grad():
+    ...     _ = dark_is_0[1].weight.copy_(torch.tensor([[0.0], [1.0]])), dark_is_0[1].bias.copy_(torch.tensor([6.0, 0.0]))
+    >>> images = torch.tensor([0.1, 0.2, 0.9]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    >>> found = successful(dark_is_0, images, torch.tensor([0, 0, 0]), {"brighter": (images * 4).clamp(0, 1)})
+    >>> found["in-distribution"].tolist(), found["brighter"].tolist()
+    ([True, True, False], [False, True, False])
+    """
+    right = attacks.correct(classifier, images, labels)
+    return {IN_DISTRIBUTION: right} | {k: right & ~attacks.correct(classifier, x, labels) for k, x in attacked_sets.items()}
+
+
 def pairs_of_splits(
     held_out: embed.ViewSums,
     anomalies: embed.ViewSums,
@@ -573,29 +588,51 @@ def features(encoder: nn.Module, images: data.ImageSet, size: int, dtype: str = 
     return torch.cat([z for z, _ in parts]), torch.cat([labels for _, labels in parts if labels is not None])
 
 
-def anomalous(images: data.ImageSet, n: int, size: int, in_distribution: str, n_held_out: int, seed: int) -> Tensor:
+def anomalous(
+    images: data.ImageSet,
+    n: int,
+    size: int,
+    in_distribution: str,
+    n_held_out: int,
+    seed: int,
+    classes: Sequence[int] = (),
+    n_aside: int = 0,
+) -> Tensor:
     """The first n images of a set of anomalies (0: all), brought to size x size: (n, 3, size, size).
 
-    Of a set made from the in-distribution one (`name:corruption-severity`), only images that `some_of` leaves: no image is
-    calibrated on in one form and scored in another.
+    Of a set made from the in-distribution one (`name:corruption-severity`), only images of its `classes` (none: all) that
+    `some_of(n_held_out)` and `set_aside(n_aside)` leave: no image is calibrated or tuned on in one form and scored in another.
+    ValueError when none is left.
 
     >>> anomalous(data.load("digits-7-to-9"), n=5, size=16, in_distribution="digits-test", n_held_out=100, seed=0).shape
     torch.Size([5, 3, 16, 16])
     """
     if images.name.startswith(f"{in_distribution}:"):
-        images = set_aside(images, n_held_out, min(n or len(images), len(images) - n_held_out), seed)
+        images = images.of_classes(classes)
+        left = len(images) - n_held_out - n_aside if n_held_out else 0
+        if left < 1:
+            raise ValueError(
+                f"{images.name}: found {n_held_out or 'all'} of {len(images)} images held out and {n_aside} set aside, expected "
+                "some that are left: others would be calibrated on in one form and scored in another"
+            )
+        images = set_aside(images, n_held_out, min(n or left, left), seed, after=n_aside)
     return images[: n or len(images)].resized(size).images
 
 
-def set_aside(images: data.ImageSet, n_held_out: int, n: int, seed: int) -> data.ImageSet:
-    """n images that `some_of(images, n_held_out, seed)` leaves: to tune on what nothing else may see.
+def set_aside(images: data.ImageSet, n_held_out: int, n: int, seed: int, after: int = 0) -> data.ImageSet:
+    """n images that `some_of(images, n_held_out, seed)` leaves: to tune on what nothing else may see; `after` so many of these.
+
+    ValueError when they are not left, as when n_held_out is 0, which stands for all.
 
     >>> numbered = data.ImageSet("numbered", torch.zeros(10, 3, 1, 1), torch.arange(10))
     >>> held_out, aside = some_of(numbered, 6, seed=0), set_aside(numbered, n_held_out=6, n=4, seed=0)
     >>> sorted([*held_out.labels.tolist(), *aside.labels.tolist()])
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    return images[data.split(len(images), {"held out": n_held_out, "aside": n}, seed)["aside"].sort().values]
+    if n and not n_held_out:
+        raise ValueError(f"n_held_out: found 0, all images of {images.name}, expected fewer: {n} others are to be set aside")
+    parts = data.split(len(images), {"held out": n_held_out, "before": after, "aside": n}, seed)
+    return images[parts["aside"].sort().values]
 
 
 def accuracy(classifier: encoders.Classifier, images: data.ImageSet) -> float:

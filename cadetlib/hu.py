@@ -180,8 +180,17 @@ def any_of_three(clean: Criteria, measured: Criteria, weights: Sequence[float] =
     >>> any_of_three(Criteria(*clean), Criteria(*image))
     tensor([0.2000], dtype=torch.float64)
     """
-    used = [(c, m, w) for c, m, w in zip(clean, measured, _weights(weights), strict=True) if w > 0]
+    ours, theirs = _check_criteria(clean), _check_criteria(measured)
+    used = [(c, m, w) for c, m, w in zip(ours, theirs, _weights(weights), strict=True) if w > 0]
     return torch.stack([p_values(-c, -m, ties="conservative") / w for c, m, w in used]).amin(dim=0)
+
+
+def _check_criteria(measured: Criteria) -> Criteria:
+    """Three criteria (N,) of the same images, all of them numbers."""
+    columns = [checks.finite(checks.as_tensor(c, name), name) for name, c in zip(Criteria._fields, measured, strict=True)]
+    if any(c.shape != columns[0].shape or c.ndim != 1 or not len(c) for c in columns):
+        raise ValueError(f"criteria: found shapes {[tuple(c.shape) for c in columns]}, expected (N,) three times, N at least 1")
+    return Criteria(*columns)
 
 
 def standardised_sum(measured: Criteria, means: Tensor, deviations: Tensor) -> Tensor:
@@ -227,7 +236,7 @@ class _HuDetector(ABC):
         self.radius = checks.in_open_interval(radius, "radius", high=math.inf)
         self.cap_targeted = checks.at_least(cap_targeted, "cap_targeted", 1)
         self.cap_untargeted = checks.at_least(cap_untargeted, "cap_untargeted", 1)
-        self.seed = seed
+        self.seed = checks.seed(seed)
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
         self.n_calibration = checks.at_least(n_calibration, "n_calibration", 2)
         self.forwards = math.nan
@@ -243,15 +252,16 @@ class _HuDetector(ABC):
         ValueError when the classifier is no module from such images to logits that gradients pass through.
         """
         x = checks.images(images, at_least=2)
-        if labels is not None:
-            checks.labels(labels, len(x))
         with evaluating(classifier) as device:
-            count_classes(classifier, x[:1].to(device, copy=True))
+            n_classes = count_classes(classifier, x[:1].to(device, copy=True))
+        if labels is not None:
+            checks.in_classes(checks.labels(labels, len(x)), n_classes)
         chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[: self.n_calibration]
         return self.fit_criteria(classifier, criteria(classifier, x[chosen.to(x.device)], **self.settings()))
 
     def fit_criteria(self, classifier: nn.Module, measured: Criteria) -> Self:
         """`fit` from criteria of clean images already measured with this detector's settings."""
+        _check_criteria(measured)
         self.classifier, self.calibration_ = classifier, measured
         return self
 
@@ -319,7 +329,7 @@ class HuSelfCalibrated(_HuDetector):
     """
 
     def fit_criteria(self, classifier: nn.Module, measured: Criteria) -> Self:
-        columns = torch.stack(measured).double()
+        columns = torch.stack(_check_criteria(measured)).double()
         deviations = columns.std(dim=1)
         spread = deviations > _ROUNDING * columns.abs().amax(dim=1)
         constant = [name for name, spreads in zip(Criteria._fields, spread.tolist(), strict=True) if not spreads]
@@ -335,7 +345,7 @@ class HuSelfCalibrated(_HuDetector):
 
     def score_criteria(self, measured: Criteria) -> Tensor:
         self._check_fitted()
-        return standardised_sum(measured, self.means_, self.deviations_)
+        return standardised_sum(_check_criteria(measured), self.means_, self.deviations_)
 
 
 def tune_hu(

@@ -75,7 +75,7 @@ def info_nce(
         raise ValueError(f"found z0 {tuple(z0.shape)} and z1 {tuple(z1.shape)}, expected equal shapes: row i is image i in both")
     checks.in_open_interval(tau, "tau", high=math.inf)
     checks.one_of(reduction, "reduction", ("sum", "mean"))
-    z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
+    z0, z1 = checks.unit(z0), checks.unit(z1)
     all0, all1 = gather(z0), gather(z1)
     first = distributed.get_rank() * len(z0) if is_distributed() else 0
     own = torch.arange(first, first + len(z0), device=z0.device)

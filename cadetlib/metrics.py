@@ -350,7 +350,8 @@ def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any) -> DeLong:
     """Difference in AUROC of two detectors on the same images, with DeLong's two-sided p-value (DeLong et al. 1988).
 
     in_a, in_b: (n,) and out_a, out_b: (m,), image by image, n, m >= 2. By midranks in O((n + m) log(n + m)) (Sun and Xu 2014).
-    Normal approximation: meant for tens of images of each kind or more.
+    Normal approximation: meant for tens of images of each kind or more. Where all images that are placed differently are placed
+    differently by the same amount, the estimated variance can be 0: the p-value is then that of a sign test on these images.
 
     >>> delong_test([3.0, 2.0, 1.0], [0.0, 1.5], [3.0, 2.0, 1.0], [0.0, 1.5])
     DeLong(difference=0.0, p_value=1.0)
@@ -360,7 +361,8 @@ def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any) -> DeLong:
     difference = float(in_x.mean() - in_y.mean())
     deviation = math.sqrt((in_x - in_y).var(ddof=1) / len(in_x) + (out_x - out_y).var(ddof=1) / len(out_x))
     if deviation == 0:
-        return DeLong(difference, float(difference == 0))
+        n_differ = int((in_x != in_y).sum() + (out_x != out_y).sum())
+        return DeLong(difference, min(1.0, 2.0 ** (1 - n_differ)) if difference else 1.0)
     return DeLong(difference, float(2 * stats.norm.sf(abs(difference) / deviation)))
 
 

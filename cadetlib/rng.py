@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cadetlib import checks
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -33,7 +35,7 @@ def uniform(seed: int, keys: Tensor, streams: Tensor, n: int) -> Tensor:
     True
     """
     device = keys.device
-    h = _mix(torch.tensor(int(seed), dtype=torch.int64, device=device) + _GOLDEN)
+    h = _mix(torch.tensor(checks.seed(seed), dtype=torch.int64, device=device) + _GOLDEN)
     h = _mix((h ^ keys.long()) + _GOLDEN)[:, None]
     h = _mix((h ^ streams.to(device).long()) + _GOLDEN)[..., None]
     h = _mix(h + _GOLDEN * torch.arange(1, n + 1, device=device))
@@ -43,7 +45,8 @@ def uniform(seed: int, keys: Tensor, streams: Tensor, n: int) -> Tensor:
 def image_keys(images: Tensor) -> Tensor:
     """A 64-bit key of each image's pixels: (N, 3, H, W) float in [0, 1] -> (N,) int64.
 
-    Pixels are read at 16 bits, so that the key survives the last-bit differences between devices.
+    Pixels are read at 16 bits: bytes have the same key on every device. Images that were resized in floating point differ in
+    their last bits from one device to another, some across the border between two such numbers: they can get other views there.
 
     >>> images = torch.rand(2, 3, 4, 4)
     >>> bool((image_keys(images) == image_keys(images.flip(0)).flip(0)).all()), len(image_keys(images).unique())

@@ -67,7 +67,7 @@ def uniformity(embeddings: Any, t: float = 2.0) -> float:
     >>> round(uniformity([[1.0, 0.0], [-1.0, 0.0]]), 6)
     -8.0
     """
-    z = F.normalize(checks.embeddings(embeddings, "embeddings", at_least=2).double(), dim=-1)
+    z = checks.unit(checks.embeddings(embeddings, "embeddings", at_least=2).double())
     squared = torch.pdist(z).square()
     return float(torch.logsumexp(-t * squared, dim=0) - np.log(len(squared)))
 

@@ -167,6 +167,8 @@ def significance(row: Row) -> str:
 def details(rows: Sequence[Row]) -> pd.DataFrame:
     """All that Tables 3 and 4 leave out: AUPR, FPR at 95 % TPR, the difference to CADet, seconds and passes per image.
 
+    Last the AUROC on images that the victim got right against attacks that fooled it, with the numbers of both.
+
     >>> row = dict(detector="MSP", encoder="supervised", anomaly="PGD", auroc=0.6, low=0.5, high=0.7, aupr=0.55, fpr95=0.9)
     >>> frame = details([row | dict(seconds=0.002, forwards=1.0, n_in=100, n_out=50)])
     >>> frame.loc[("PGD", "MSP", "supervised"), ["FPR95", "ms / image", "images"]].tolist()
@@ -181,12 +183,21 @@ def details(rows: Sequence[Row]) -> pd.DataFrame:
             "ms / image": f"{1000 * row['seconds']:.3g}",
             "passes / image": f"{row['forwards']:.4g}",
             "images": f"{row['n_in']} + {row['n_out']}",
+            "AUROC (%), attacks that fooled": _successful(row),
         }
         for row in rows
     ]
     keys = [(row["anomaly"], row["detector"], row["encoder"]) for row in rows]
     index = pd.MultiIndex.from_tuples(keys, names=["anomaly", "detector", "encoder"])
     return pd.DataFrame(lines, index=index).sort_index(level="anomaly", sort_remaining=False)
+
+
+def _successful(row: Row) -> str:
+    """AUROC on the images that published programs count, and how many these are; empty where there is no attack."""
+    if "auroc_successful" not in row:
+        return ""
+    found = {key: row[f"{key}_successful"] for key in ("auroc", "low", "high", "n_in", "n_out")}
+    return f"{percent(found)}, {found['n_in']} + {found['n_out']}"
 
 
 def precision(rows: Sequence[Row]) -> pd.DataFrame:

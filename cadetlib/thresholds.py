@@ -29,7 +29,8 @@ def calibration_needed(alpha: float) -> int:
     >>> calibration_needed(0.05), calibration_needed(0.001)
     (19, 999)
     """
-    return max(1, math.ceil(1 / checks.in_open_interval(alpha, "alpha")) - 1)
+    n = max(1, math.ceil(1 / checks.in_open_interval(alpha, "alpha")) - 1)
+    return n - 1 if n > 1 and 1 / n <= alpha else n  # 1 / alpha rounds: 1 / (1 / 49) is a little more than 49
 
 
 def reachable(alpha: float, n_calibration: int) -> float:

@@ -51,9 +51,9 @@ class Halves:
 
 
 def _sample(values: Any, name: str) -> Tensor:
-    """Images (n, 3, H, W) in [0, 1] or embeddings (n, D), float32."""
+    """Images (n, 3, H, W) in [0, 1], float32, or embeddings (n, D), float64: of any scale until they are standardised."""
     x = checks.as_tensor(values, name)
-    return checks.images(x, name) if x.ndim == 4 else checks.embeddings(x, name).float()
+    return checks.images(x, name) if x.ndim == 4 else checks.features(x, name=name).double()
 
 
 def split_halves(x: Any, y: Any, generator: torch.Generator, at_least: int = 4) -> Halves:
@@ -76,18 +76,23 @@ def split_halves(x: Any, y: Any, generator: torch.Generator, at_least: int = 4) 
 
 
 def _standardised(halves: Halves) -> Halves:
-    """Vectors centred, and divided by one number, so that learning starts alike at every scale; from the training half."""
-    pooled = torch.cat([halves.x_train, halves.y_train]).flatten(1)
+    """Vectors centred, and divided by one number, so that learning starts alike at every scale; float64, from the training half.
+
+    Divided by their largest value first: no square is 0 or infinite then.
+    """
+    parts = [z.flatten(1).double() for z in (halves.x_train, halves.y_train, halves.x_test, halves.y_test)]
+    largest = float(torch.cat(parts[:2]).abs().max()) or 1.0
+    parts = [z / largest for z in parts]
+    pooled = torch.cat(parts[:2])
     mean = pooled.mean(dim=0)
-    scale = (pooled - mean).square().mean().sqrt().clamp(min=1e-12)
-    parts = (halves.x_train, halves.y_train, halves.x_test, halves.y_test)
-    return Halves(*((z.flatten(1) - mean) / scale for z in parts))
+    scale = float((pooled - mean).square().mean().sqrt()) or 1.0
+    return Halves(*((z - mean) / scale for z in parts))
 
 
 def _network_inputs(halves: Halves, image_size: int) -> Halves:
     """What the networks see: images at `image_size` and in [-1, 1] (Liu et al.), embeddings standardised."""
     if halves.x_train.ndim == 2:
-        return _standardised(halves)
+        return Halves(*(z.float() for z in vars(_standardised(halves)).values()))
 
     def resized(images: Tensor) -> Tensor:
         return 2 * F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True) - 1
@@ -253,10 +258,10 @@ def me_test(
     checks.at_least(n_steps, "n_steps", 0)
     generator = torch.Generator().manual_seed(checks.seed(seed))
     halves = split_halves(x, y, generator, at_least=max(4, 2 * n_locations + 1))
-    halves = _standardised(Halves(*(z.double() for z in (halves.x_train, halves.y_train, halves.x_test, halves.y_test))))
+    halves = _standardised(halves)
     locations, width = _learned_locations(halves.x_train, halves.y_train, n_locations, n_steps, learning_rate, gamma, generator)
     differences = gaussian_features(halves.x_test, locations, width) - gaussian_features(halves.y_test, locations, width)
-    statistic = float(mean_embedding_statistic(differences, gamma))
+    statistic = float(_learned(mean_embedding_statistic(differences, gamma)))
     p_value = mean_embedding_p_value(statistic, len(differences), n_locations, reference)
     return MeanEmbeddingResult(statistic, p_value, locations, float(width))
 
@@ -264,8 +269,16 @@ def me_test(
 # --- C2ST ---------------------------------------------------------------------------------------------------------------
 
 
+def _learned(values: Tensor) -> Tensor:
+    """What a learned function gave, all numbers: NaN compares with nothing, and would pass for the smallest p-value."""
+    if not bool(values.isfinite().all()):
+        raise ValueError("found a statistic that is no number: training diverged; expected a smaller learning_rate")
+    return values
+
+
 def _permutation_result(values: Tensor, scale: float) -> TestResult:
     """`values`: the statistic, then those of the permutations; `scale` of what they sum, for ties."""
+    _learned(values)
     statistic, null = float(values[0]), values[1:].cpu()
     null = torch.where((null - statistic).abs() <= _TIE * scale, torch.full_like(null, statistic), null)
     return TestResult(statistic, (1 + int((null >= statistic).sum())) / (1 + len(null)), null)
@@ -330,7 +343,7 @@ def _classifier_logits(
         F.binary_cross_entropy_with_logits(logits, target).backward()
         optimiser.step()
     with torch.no_grad():
-        return classifier(torch.cat([halves.x_test, halves.y_test]))[:, 0].double()
+        return _learned(classifier(torch.cat([halves.x_test, halves.y_test]))[:, 0].double())
 
 
 def c2st_test(

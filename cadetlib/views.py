@@ -31,7 +31,7 @@ def resize_to(images: Any, size: int) -> Tensor:
     >>> resize_to(torch.rand(2, 3, 20, 30), size=16).shape
     torch.Size([2, 3, 16, 16])
     """
-    x = checks.images(images)
+    x, size = checks.images(images), checks.at_least(size, "size", 1)
     height, width = x.shape[-2:]
     if min(height, width) != size:
         scale = size / min(height, width)
@@ -123,9 +123,17 @@ class EvalViews:
         checks.seed(self.seed)
         if not 0 < checks.not_negative(self.crop_scale, "crop_scale") <= 1:
             raise ValueError(f"crop_scale: found {self.crop_scale}, expected an area fraction in (0, 1]")
+        if self.crop_scale * self.image_size**2 < 1:  # no box would fit, and the whole image be taken
+            raise ValueError(
+                f"crop_scale: found {self.crop_scale}, less than a pixel of {self.image_size} x {self.image_size}, expected more"
+            )
 
     def __call__(self, images: Tensor, n_views: int, first_view: int = 0, keys: Tensor | None = None) -> Tensor:
         """Images (N, 3, S, S) float in [0, 1] -> views (N, n_views, 3, S, S), numbered first_view, first_view + 1, ..."""
+        expected = (3, self.image_size, self.image_size)
+        if images.dtype != torch.float32 or images.shape[1:] != expected:
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images: found {found}, expected torch.float32 (N, {str(expected)[1:]}; see resize_to")
         keys = rng.image_keys(images) if keys is None else keys.to(images.device)
         streams = torch.arange(first_view, first_view + n_views, device=images.device)
         draws = rng.uniform(self.seed, keys, streams, 2 * _TRIES + 3)

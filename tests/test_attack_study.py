@@ -60,3 +60,9 @@ def test_pgd_at_another_strength_is_that_of_notebook_04_scaled(network):
     made = attack_study.attack_at(0.1, ["pgd"], victim, images, labels, OF_04)["PGD"]
     assert torch.allclose(made, attacks.pgd(victim, images, labels, eps=0.1, step=0.01, n_steps=2))
     assert not torch.allclose(made, attacks.pgd(victim, images, labels, eps=0.1, step=0.01, n_steps=50))
+
+
+@pytest.mark.parametrize("eps", [float("nan"), -0.1, "a"])
+def test_a_change_of_no_size_is_refused(eps):
+    with pytest.raises(ValueError, match="eps: found"):
+        attack_study.random_signs(torch.rand(1, 3, 4, 4), eps)

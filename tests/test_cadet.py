@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, embed, encoders
+from cadetlib import cadet, embed, encoders, thresholds
 from cadetlib.cadet import CADet, view_similarities
 from cadetlib.views import EvalViews, resize_to
 
@@ -448,3 +448,33 @@ def test_settings_of_numpy_are_saved_and_wrong_ones_named(tmp_path):
     for name, wrong in dict(seed=None, crop_scale="a", image_size="a", n_views=None).items():
         with pytest.raises(ValueError, match=f"{name}: found"):
             CADet(nn.Flatten(), **{name: wrong})
+
+
+def test_encoders_without_weights_are_told_apart_by_little(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return (x + self.by).flatten(1)
+
+    detector = CADet(Shifted(0.0), n_views=4, image_size=8).fit(torch.rand(4, 3, 8, 8), torch.rand(19, 3, 8, 8))
+    detector.save(tmp_path / "detector.safetensors")
+    CADet.load(tmp_path / "detector.safetensors", Shifted(0.0))
+    with pytest.raises(ValueError, match="found other features"):
+        CADet.load(tmp_path / "detector.safetensors", Shifted(0.004))
+    encoders.write_safetensors(tmp_path / "half.safetensors", {"mu": torch.ones(2)}, cadet.FORMAT)
+    with pytest.raises(ValueError, match=r"half\.safetensors: found no .*'gamma'"):
+        CADet.load(tmp_path / "half.safetensors", Shifted(0.0))
+
+
+def test_a_crop_smaller_than_a_pixel_is_refused_not_taken_for_the_whole():
+    with pytest.raises(ValueError, match="less than a pixel of 8 x 8"):
+        CADet(nn.Flatten(), crop_scale=1e-6, image_size=8)
+
+
+def test_the_calibration_images_that_are_needed_are_the_least():
+    for n in range(1, 3000):
+        needed = thresholds.calibration_needed(1 / (n + 1))
+        assert needed == n and thresholds.reachable(1 / (n + 1), n)

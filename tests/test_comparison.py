@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import attack_study, attacks, cadet, comparison, data, encoders, experiments, metrics
+from cadetlib import attack_study, attacks, cadet, comparison, data, embed, encoders, experiments, hu, metrics
 from cadetlib.detectors import DETECTORS
 from cadetlib.experiments import IN_DISTRIBUTION
 from cadetlib.views import EvalViews
@@ -26,7 +26,8 @@ def world(tmp_path_factory):
     moved = attacks.fgsm(known.classifier, held_out.images, held_out.labels, eps=0.1)
     sets = {IN_DISTRIBUTION: held_out.images, "unseen": unseen.images, "FGSM": moved}
     divisions = experiments.splits(90, 2, 20, 30)
-    field = comparison.Field(sets, {IN_DISTRIBUTION: False, "unseen": False, "FGSM": True}, divisions)
+    counted = experiments.successful(known.classifier, held_out.images, held_out.labels, {"FGSM": moved})
+    field = comparison.Field(sets, {IN_DISTRIBUTION: False, "unseen": False, "FGSM": True}, divisions, counted)
     return network, known, field
 
 
@@ -118,3 +119,37 @@ def test_a_head_in_the_file_is_taken_before_a_probe(world, tmp_path):
     assert torch.equal(comparison.known(network, file, training, 8).classifier.head.weight, head.weight)
     with pytest.raises(ValueError, match="no labels"):
         comparison.known(network, file, data.ImageSet("bare", training.images), 8)
+
+
+def test_a_tuned_row_says_what_the_tuned_detector_costs(world, rows):
+    _, known, field = world
+    chosen = of(rows, "ODIN tuned", "FGSM")["chosen"]
+    assert of(rows, "ODIN tuned", "FGSM")["forwards"] == DETECTORS["ODIN"](**chosen).forwards
+    tuned, small = of(rows, "Hu tuned", "FGSM"), field.first(15, ["FGSM"])
+    detector = hu.Hu(**HU | tuned["chosen"])
+    found = [hu.criteria(known.classifier, images, **detector.settings()) for images in small.sets.values()]
+    passes = torch.cat([hu.forward_passes(c, detector.cap_targeted, detector.cap_untargeted) for c in found])
+    assert tuned["forwards"] == pytest.approx(float(passes.mean()))
+
+
+def test_the_population_of_published_programs_by_hand(world, rows):
+    """Only images that the victim gets right against attacks that then fool it; no such column for unseen classes."""
+    _, known, field = world
+    labels = data.load("digits-test").of_classes(range(5))[:90].labels
+    right, fooled = (
+        known.classifier(field.sets[name] / (255 if name == IN_DISTRIBUTION else 1)).argmax(1) == labels
+        for name in (IN_DISTRIBUTION, "FGSM")
+    )
+    fooled = right & ~fooled
+    detector = DETECTORS["MSP"]().fit_features(known.features, known.labels, known.classifier.head)
+    scores = {name: detector.score_features(embed.embed(known.classifier.encoder, x)) for name, x in field.sets.items()}
+    row = of(rows, "MSP", "FGSM")
+    expected = [
+        metrics.auroc(scores[IN_DISTRIBUTION][d.test][right[d.test]], scores["FGSM"][d.test][fooled[d.test]])
+        for d in field.divisions
+    ]
+    assert row["auroc_successful"] == pytest.approx(sum(expected) / len(expected)) != row["auroc"]
+    assert (row["n_in_successful"], row["n_out_successful"]) == tuple(
+        int(m[field.divisions[0].test].sum()) for m in (right, fooled)
+    )
+    assert "auroc_successful" not in of(rows, "MSP", "unseen")

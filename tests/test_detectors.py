@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from cadetlib import detectors
+from cadetlib import detectors, probe
 from cadetlib.detectors import DETECTORS, ODIN, Detector, PostHoc, register, tune_odin
 from cadetlib.embed import embed
 from cadetlib.encoders import Classifier, ResNet
@@ -352,7 +352,7 @@ def test_scores_of_ones_own_are_checked():
         def scores(self, features):
             return features
 
-    with pytest.raises(ValueError, match=r"Wrong: found scores \(3, 2\), 0 of them NaN, expected \(3,\)"):
+    with pytest.raises(ValueError, match=r"Wrong: found scores \(3, 2\), 0 of them NaN or infinite, expected \(3,\)"):
         Wrong().fit_features(torch.ones(3, 2)).score_features(torch.ones(3, 2))
 
 
@@ -407,7 +407,7 @@ def test_wrong_classifiers_and_images_are_refused(name, plain):
     for wrong in [(classifier.forward, images, labels), (classifier, images * 2, labels), (classifier, images, labels[:-1])]:
         with pytest.raises(ValueError, match=r"(classifier|images|labels): found"):
             DETECTORS[name]().fit(*wrong)
-    with pytest.raises(ValueError, match=r"classifier: found Linear, .*expected a cadetlib\.encoders\.Classifier"):
+    with pytest.raises(ValueError, match=r"classifier: found Linear, .*expected a"):
         DETECTORS[name]().fit(nn.Linear(5, 2), images, labels)
     with pytest.raises(ValueError, match=r"found (no|a Hu\w* without)"):
         DETECTORS[name]().score_samples(images)
@@ -435,3 +435,48 @@ def test_a_constant_feature_counts_for_nothing_and_a_fit_on_features_forgets_the
     detector = DETECTORS["MSP"]().fit(classifier, images, labels).fit_features(X, Y, HEAD)
     with pytest.raises(ValueError, match="found no encoder"):
         detector.score_samples(images)
+
+
+def test_a_shift_of_all_logits_changes_no_origin():
+    """A probe's rows sum to 0 up to rounding, which the pseudo-inverse must not invert: its softmax is the same classifier."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = torch.rand(90, 8, generator=generator) + 3 * torch.eye(8)[labels]
+    head = probe.linear_probe(features, labels)
+    before = DETECTORS["ViM"]().fit_features(features, labels, head)
+    with torch.no_grad():
+        head.bias += 1.0
+    after = DETECTORS["ViM"]().fit_features(features, labels, head)
+    torch.testing.assert_close(after.origin_, before.origin_, rtol=1e-3, atol=1e-4)
+    assert float(before.origin_.norm()) < 100
+
+
+def test_a_fit_that_fails_leaves_nothing_that_scores():
+    detector = DETECTORS["ViM"]().fit_features(X, Y, HEAD)
+    with pytest.raises(ValueError, match="residual"):
+        detector.fit_features(X[:2].repeat(5, 1), Y[:10], HEAD)
+    with pytest.raises(ValueError, match="expected fit or fit_features before"):
+        detector.score_features(X)
+
+
+@pytest.mark.parametrize("name", ["Energy", "ViM", "MaxLogit"])
+def test_a_head_whose_bias_is_no_number_is_refused(name):
+    head = copy.deepcopy(HEAD)
+    with torch.no_grad():
+        head.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="head's bias: found 1 NaN or infinite"):
+        DETECTORS[name]().fit_features(X, Y, head)
+
+
+def test_images_are_scored_at_the_size_of_the_fit():
+    pooled = Classifier(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), nn.Linear(12, 2))
+    detector = DETECTORS["MSP"]().fit(pooled, torch.rand(6, 3, 8, 8), torch.arange(6) % 2)
+    with pytest.raises(ValueError, match=r"found \(3, 16, 16\), expected \(3, 8, 8\), as in fit"):
+        detector.score_samples(torch.rand(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_cosines_know_no_scale(scale):
+    for name in ("kNN", "SSD"):
+        ours, scaled = (DETECTORS[name]().fit_features(X * by, Y).score_features(X[:9] * by) for by in (1.0, scale))
+        torch.testing.assert_close(scaled, ours, rtol=1e-4, atol=1e-5)

@@ -264,3 +264,29 @@ def test_sums_that_are_not_there_are_refused():
         embed.concatenate([sums, embed.view_sums(Encoder(), images(), VIEWS, (2,))])
     with pytest.raises(ValueError, match="at least one part"):
         embed.concatenate([])
+
+
+def test_an_encoder_that_writes_into_its_input_writes_into_no_image_of_the_caller():
+    class Doubling(nn.Module):
+        def forward(self, x):
+            return x.mul_(2).flatten(1)
+
+    x = torch.rand(3, 3, 4, 4)
+    before = x.clone()
+    torch.testing.assert_close(embed.embed(Doubling(), x), 2 * before.flatten(1))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_come_in_the_dtype_of_the_weights(dtype):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    x = torch.rand(3, 3, 4, 4)
+    expected = embed.embed(encoder, x)
+    torch.testing.assert_close(embed.embed(encoder.to(dtype), x), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("images", [torch.tensor(0.5), [torch.rand(3, 4, 4).requires_grad_()]])
+def test_what_is_no_batch_of_images_is_refused(images):
+    for of in (lambda: embed.embed(nn.Flatten(), images), lambda: embed.view_sums(nn.Flatten(), images, EvalViews(4))):
+        with pytest.raises(ValueError, match="images"):
+            of()

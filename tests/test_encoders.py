@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -313,3 +314,24 @@ def test_the_last_layer_of_the_contrastive_head_has_no_shift():
     optimizer.step()
     assert not head[-1].bias.any()
     assert not torch.equal(head[-1].weight, before)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    encoder, file = ResNet("resnet10", 4, "cifar", 8), tmp_path / "encoder.safetensors"
+    for head in (nn.Linear(encoder.dim, 3, bias=False), nn.Linear(encoder.dim + 1, 3), nn.Sequential(nn.Linear(3, 3))):
+        with pytest.raises(ValueError, match="head: found"):
+            encoders.save_encoder(encoder, file, head=head)
+    with pytest.raises(ValueError, match="encoder: found Flatten"):
+        encoders.save_encoder(nn.Flatten(), file)
+    for name in ("sha256", "format", "config"):
+        with pytest.raises(ValueError, match=f"about: found \\['{name}'\\]"):
+            encoders.save_encoder(encoder, file, **{name: "a"})
+    assert not file.exists()
+    of_numpy = ResNet("resnet10", 4, "cifar", 8, mean=np.float32([0.5] * 3)).eval()
+    assert encoders.load_encoder(encoders.save_encoder(of_numpy, file)).config == of_numpy.config
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18.nope", "timm:*", "timm:", "timm:beit3_giant_patch14_224"])
+def test_timm_models_that_are_none_or_have_no_weights_are_refused(name):
+    with pytest.raises(ValueError, match="timm: found no"):
+        encoders.load_encoder(name)

@@ -235,3 +235,29 @@ def test_the_encoders_similarity_is_that_of_mmd():
     (drawn,) = experiments.draws_without_overlap(torch.arange(12), 1, (4,), 1)
     single = mmd.mmd_test(x[x1[0]], y[drawn[0]], 4000)
     assert row["p_values"][0] == pytest.approx(single.p_value, abs=0.1)
+
+
+def test_no_image_is_tuned_or_calibrated_on_in_one_form_and_scored_in_another():
+    numbered = data.ImageSet(
+        "numbered", torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 8, 8), torch.arange(60) % 3
+    )
+    corrupted = data.ImageSet("numbered:as-it-is", numbered.images, numbered.labels)
+    ours = numbered.of_classes([0, 2])
+
+    def numbers(images):
+        return set(images[:, 0, 0, 0].tolist())
+
+    held_out, aside = experiments.some_of(ours, 15, seed=1), experiments.set_aside(ours, 15, 5, seed=1)
+    odd = experiments.anomalous(corrupted, 0, 8, "numbered", 15, 1, classes=[0, 2], n_aside=5)
+    parts = [
+        numbers(held_out.images),
+        numbers(aside.images),
+        {round(255 * float(v)) for v in odd[:, 0, 0, 0]} if odd.is_floating_point() else numbers(odd),
+    ]
+    assert [len(part) for part in parts] == [15, 5, 20]
+    assert set().union(*parts) == numbers(ours.images)  # disjoint, and nothing else
+    for n_held_out in (0, 40):
+        with pytest.raises(ValueError, match="expected some that are left"):
+            experiments.anomalous(corrupted, 0, 8, "numbered", n_held_out, 1, classes=[0, 2])
+    with pytest.raises(ValueError, match="n_held_out: found 0, all images of numbered"):
+        experiments.set_aside(numbered, 0, 5, seed=1)

@@ -388,3 +388,15 @@ def test_detectors_refuse_what_they_cannot_use():
     for message, call in refused.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_labels_of_no_class_seeds_and_criteria_that_are_no_numbers_are_refused(victim, some):
+    with pytest.raises(ValueError, match="labels: found"):
+        hu.Hu(cap_targeted=2, cap_untargeted=2).fit(victim, some, torch.arange(len(some)) + 50)
+    with pytest.raises(ValueError, match=r"seed: found 1\.5"):
+        hu.Hu(seed=1.5)
+    broken = hu.Criteria(torch.tensor([float("nan"), 1.0]), torch.rand(2), torch.rand(2))
+    with pytest.raises(ValueError, match="c1: found 1 NaN"):
+        hu.HuSelfCalibrated().fit_criteria(victim, broken)
+    with pytest.raises(ValueError, match="criteria: found shapes"):
+        hu.Hu().fit_criteria(victim, hu.Criteria(torch.rand(2), torch.rand(2), torch.rand(3)))

@@ -164,3 +164,13 @@ def test_synchronised_batch_norm_over_two_processes_is_that_of_one(processes):
 def test_bad_embeddings_and_settings_are_refused(z0, z1, changes, message):
     with pytest.raises(ValueError, match=message):
         losses.info_nce(z0, z1, **changes)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_embeddings_is_of_no_account(scale):
+    z0, z1 = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    scaled = (z0 * scale).requires_grad_()
+    loss, expected = losses.info_nce(scaled, z1 * scale), losses.info_nce(z0.requires_grad_(), z1)
+    torch.testing.assert_close(loss, expected)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(scaled.grad * scale, z0.grad, rtol=1e-4, atol=1e-5)

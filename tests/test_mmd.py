@@ -246,3 +246,11 @@ def test_a_seed_is_any_whole_number():
         mmd.mmd_test(x, y, None)
     with pytest.raises(ValueError, match="max_bytes"):
         mmd.mmd_test(x, y, 9, max_bytes=0)
+
+
+@pytest.mark.parametrize("dim, offset", [(8, 100.0), (8, 1000.0), (128, 1000.0)])
+def test_single_precision_tests_clusters_as_double_does(dim, offset):
+    for seed in range(40):
+        x, y = torch.randn(2, 2, dim, generator=torch.Generator().manual_seed(seed)) + offset
+        assert mmd.mmd_test(x, y, 99, seed).p_value == mmd.mmd_test(x.double(), y.double(), 99, seed).p_value
+    assert not mmd.mmd_test(x.requires_grad_(), y, 9).null.requires_grad

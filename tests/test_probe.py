@@ -83,8 +83,8 @@ def test_a_constant_feature_is_left_alone():
     ("features", "labels", "message"),
     [
         (torch.ones(1, 2), torch.zeros(1, dtype=torch.int64), "features: found 1 samples, expected at least 2"),
-        (torch.ones(3, 2), torch.zeros(4, dtype=torch.int64), r"labels: found \(4,\), expected \(3,\)"),
-        (torch.ones(3, 2), torch.tensor([0, 1, -1]), "labels: found"),
+        (torch.ones(3, 2), torch.zeros(4, dtype=torch.int64), r"labels: found shape \(4,\), expected \(3,\)"),
+        (torch.ones(3, 2), torch.tensor([0, 1, -1]), "labels: found -1, expected whole numbers from 0"),
         (torch.full((3, 2), float("nan")), torch.tensor([0, 1, 1]), "features: found 6 NaN"),
     ],
 )
@@ -99,3 +99,40 @@ def test_bad_neighbours_are_refused():
         probe.knn_accuracy(x, y, x, y, k=0)
     with pytest.raises(ValueError, match="test: found a zero vector"):
         probe.knn_accuracy(x, y, x * 0, y)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_neighbours_know_no_scale_and_half_precision_none_of_its_own(scale):
+    x, y = labelled(60, dtype=torch.float32)
+    x = x + 3 * torch.eye(4)[y]
+    at_one = probe.knn_accuracy(x[:40], y[:40], x[40:], y[40:])
+    assert 0.5 < at_one == probe.knn_accuracy(x[:40] * scale, y[:40], x[40:] * scale, y[40:])
+    near = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2]]).half(), torch.tensor([[-1.0, 0.05]]).half()
+    assert probe.knn_accuracy(near[0], torch.ones(3, dtype=torch.long), near[1], torch.ones(1, dtype=torch.long)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(train_labels=torch.arange(30) % 3), r"train_labels: found shape \(30,\), expected \(20,\)"),
+        (dict(test_labels=torch.zeros(7, 1, dtype=torch.long)), r"test_labels: found shape \(7, 1\), expected \(7,\)"),
+        (dict(test_labels=-torch.ones(7, dtype=torch.long)), "test_labels: found -1"),
+        (dict(test=torch.rand(7, 5)), "test: found D = 5, expected 4"),
+        (dict(tau=0.0), "tau: found 0.0"),
+    ],
+)
+def test_bad_neighbours_labels_are_refused(changes, message):
+    given = dict(
+        train=torch.rand(20, 4), train_labels=torch.arange(20) % 3, test=torch.rand(7, 4), test_labels=torch.arange(7) % 3
+    )
+    with pytest.raises(ValueError, match=message):
+        probe.knn_accuracy(**given | changes)
+
+
+def test_a_probe_leaves_the_random_state_and_the_gradients_alone_and_takes_a_zero_feature():
+    x, y = labelled(40, dtype=torch.float32)
+    x = torch.cat([torch.zeros(1, 4), x[1:] + 3 * torch.eye(4)[y[1:]]]).requires_grad_()
+    state = torch.get_rng_state()
+    head = probe.linear_probe(x, y.int())
+    assert torch.equal(torch.get_rng_state(), state) and x.grad is None
+    assert float((head(x).argmax(dim=1) == y).double().mean()) > 0.8

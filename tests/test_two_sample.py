@@ -312,7 +312,7 @@ def test_batches_cover_an_epoch_and_none_is_small():
         (torch.ones(12, 3), torch.ones(12, 4), "equal shapes"),
         (images(12, 0), torch.ones(12, 3), "equal shapes"),
         (torch.ones(3, 3), torch.ones(3, 3), "x: found 3 samples, expected at least"),
-        (torch.ones(12, 3, 4), torch.ones(12, 3, 4), r"expected \(n, D\)"),
+        (torch.ones(12, 3, 4), torch.ones(12, 3, 4), r"expected \([nN], D\)"),
         (torch.ones(12, 3), torch.full((12, 3), float("nan")), "y: found 36 NaN"),
         (torch.ones(12, 3, 8, 8), torch.full((12, 3, 8, 8), 2.0), r"y: found values in \[2, 2\]"),
     ],
@@ -338,3 +338,26 @@ def test_bad_settings_are_refused(name, setting, message):
     x, y = draw("ME", 16, 3, 0)
     with pytest.raises(ValueError, match=message):
         TESTS[name](x, y, **setting)
+
+
+@pytest.mark.parametrize("name", ["ME", "C2ST-S", "C2ST-L", "MMD-D"])
+@pytest.mark.parametrize("scale, offset", [(1e-30, 0.0), (1e30, 0.0), (1e-300, 0.0), (1e300, 0.0), (1.0, 1e9)])
+def test_learning_knows_no_scale(name, scale, offset):
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(30, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    settings = dict(n_steps=50) if name == "ME" else dict(n_epochs=60, learning_rate=3e-3)
+    x, y = x * scale + offset, (y + 2) * scale + offset
+    assert TESTS[name](x.requires_grad_(), y, **settings).p_value < 0.05
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("name", ["C2ST-S", "C2ST-L", "MMD-D"])
+def test_training_that_diverges_is_no_result(name):
+    x, y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="training diverged; expected a smaller learning_rate"):
+        TESTS[name](x, y, n_epochs=20, learning_rate=1e30)
+
+
+def test_a_zero_vector_is_a_sample_like_any_other():
+    x = torch.cat([torch.zeros(1, 3), torch.randn(29, 3, generator=torch.Generator().manual_seed(0))])
+    assert TESTS["ME"](x, x + 3, n_steps=20).p_value < 0.05
