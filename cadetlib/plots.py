@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import seaborn as sns
@@ -25,7 +26,11 @@ from PIL import Image
 from cadetlib import thresholds
 
 Row = Mapping[str, Any]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+Thing = TypeVar("Thing")
+COLOURS = (  # Okabe and Ito's, then Tol's muted ones: told apart by readers who do not see all colours
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F",
+    "#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#661100", "#117733", "#88CCEE",
+)  # fmt: skip
 GREY = "#6B6B6B"
 _STYLE: Any = {
     "figure.dpi": 110,
@@ -53,6 +58,15 @@ def _figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options:
             spare.set_visible(False)
         yield figure, list(axes.flat[:panels])
         plt.close(figure)
+
+
+def _coloured(things: Iterable[Thing]) -> list[tuple[Thing, str]]:
+    """Each thing with its colour, which comes again after all have been used: nothing is left out of a figure.
+
+    >>> len(_coloured(range(40)))
+    40
+    """
+    return list(zip(things, itertools.cycle(COLOURS), strict=False))
 
 
 def _luminance(colour: str) -> float:
@@ -110,7 +124,7 @@ def training(logs: Mapping[str, Sequence[Row]]) -> Figure:
     ['loss (nats)', 'learning rate', 'images per second', 'accuracy']
     """
     with _figure(4, 3.8, 3.2) as (figure, (loss, rate, speed, knn)):
-        for (name, lines), colour in zip(logs.items(), COLOURS, strict=False):
+        for (name, lines), colour in _coloured(logs.items()):
             steps, accuracy = ([line for line in lines if key in line] for key in ("loss", "knn_accuracy"))
             epochs = [line["epoch"] for line in steps]
             loss.plot(epochs, [line["loss"] for line in steps], color=colour, label=name)
@@ -138,7 +152,7 @@ def rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
         for axes, shift in zip(panels, shifts, strict=True):
             ends = []
-            for encoder, colour in zip(encoders, COLOURS, strict=False):
+            for encoder, colour in _coloured(encoders):
                 for test, dash in (("MMD", "-"), ("MMD-CC", "--")):
                     line = [r for r in rows if (r["shift"], r["encoder"], r["test"]) == (shift, encoder, test)]
                     ends.append(_rates_line(axes, line, dash, colour, f"{test}, {encoder}"))
@@ -167,7 +181,7 @@ def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
         for axes, shift in zip(panels, shifts, strict=True):
             ends = []
-            for k, (test, colour) in enumerate(zip(dict.fromkeys(row["test"] for row in trained), COLOURS[1:], strict=False)):
+            for k, (test, colour) in enumerate(_coloured([None, *dict.fromkeys(row["test"] for row in trained)])[1:]):
                 line = [row for row in trained if (row["shift"], row["test"]) == (shift, test)]
                 ends.append(_rates_line(axes, line, "-", colour, test, apart=1 + 0.02 * (k - 1.5)))
             for test, dash in (("MMD", "-"), ("MMD-CC", "--")):
@@ -212,7 +226,7 @@ def p_value_roc(rows: Sequence[Row], test: str = "MMD-CC") -> Figure:
     with _figure(1, 5.2, 3.8) as (figure, (axes,)):
         chosen = sorted((r for r in rows if r["test"] == test), key=lambda r: r["n"])
         ends = []
-        for row, colour in zip(chosen, COLOURS, strict=False):
+        for row, colour in _coloured(chosen):
             p = np.sort(np.append(row["p_values"], [0, 1]))
             detected = np.append(np.arange(len(p) - 2 + 1) / (len(p) - 2), 1)
             axes.step(p, detected, where="post", color=colour)
@@ -236,7 +250,7 @@ def small_samples(rows: Sequence[Row]) -> Figure:
     with _figure(len(anomalies), 4.4, 3.4, sharey=True) as (figure, panels):
         for axes, anomaly in zip(panels, anomalies, strict=True):
             ends = []
-            for encoder, colour in zip(encoders, COLOURS, strict=False):
+            for encoder, colour in _coloured(encoders):
                 for test, dash in (("MMD", "-"), ("MMD-CC", "--")):
                     line = [r for r in rows if (r["anomaly"], r["encoder"], r["test"]) == (anomaly, encoder, test)]
                     axes.plot([r["n"] for r in line], [r["auroc"] for r in line], dash, marker="o", ms=4, color=colour)
@@ -271,7 +285,7 @@ def _dots(
 ) -> None:
     """AUROC as dots with intervals: a line per anomaly, whose `height` the groups of rows share, each with colour and marker."""
     step = height / len(groups)
-    for k, ((name, rows), marker, colour) in enumerate(zip(groups.items(), markers, COLOURS * 4, strict=False)):
+    for k, (((name, rows), colour), marker) in enumerate(zip(_coloured(groups.items()), markers, strict=True)):
         for row in rows:
             y = anomalies.index(row["anomaly"]) + step * (k - (len(groups) - 1) / 2)
             axes.plot([row["low"], row["high"]], [y, y], color=colour, lw=2, alpha=0.6, solid_capstyle="butt")
@@ -320,14 +334,15 @@ def roc_curves(curves: Sequence[Row]) -> Figure:
     >>> roc_curves([curve]).axes[0].get_legend().get_texts()[0].get_text()
     'PGD  0.75'
     """
-    with _figure(1, 4.6, 4.0) as (figure, (axes,)):
-        for curve, colour in zip(curves, COLOURS, strict=False):
+    with _figure(1, 6.6, 4.2) as (figure, (axes,)):
+        for curve, colour in _coloured(curves):
             label = f"{curve['anomaly']}  {curve['auroc']:.2f}"
             axes.plot(curve["false_alarm_rate"], curve["detection_rate"], color=colour, lw=1.6, label=label)
         axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
         axes.set(xlabel="false alarms: share of in-distribution images flagged", ylabel="share of anomalies flagged")
         axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-        axes.legend(frameon=False, loc="lower right", fontsize=9, title="anomaly  AUROC", title_fontsize=9, alignment="left")
+        where: Any = dict(loc="center left", bbox_to_anchor=(1.02, 0.5), alignment="left")
+        axes.legend(frameon=False, fontsize=9, title="anomaly  AUROC", title_fontsize=9, **where)
         return figure
 
 
@@ -340,7 +355,7 @@ def sweep(rows: Sequence[Row], x: str, xlabel: str, log: bool = False, mark: flo
     """
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     with _figure(1, 5.6, 3.5) as (figure, (axes,)):
-        for anomaly, colour in zip(anomalies, COLOURS, strict=False):
+        for anomaly, colour in _coloured(anomalies):
             line = sorted((r for r in rows if r["anomaly"] == anomaly), key=lambda r: r[x])
             values = [r[x] for r in line]
             axes.plot(values, [r["auroc"] for r in line], "o-", ms=4, color=colour)
@@ -352,7 +367,7 @@ def sweep(rows: Sequence[Row], x: str, xlabel: str, log: bool = False, mark: flo
             _plain_log(axes, sorted({r[x] for r in rows}))
         axes.set(xlabel=xlabel, ylabel="AUROC")
         last = {r["anomaly"]: r for r in sorted(rows, key=lambda r: r[x])}
-        _label_ends(axes, [(last[a][x], last[a]["auroc"], a, c) for a, c in zip(anomalies, COLOURS, strict=False)])
+        _label_ends(axes, [(last[a][x], last[a]["auroc"], a, c) for a, c in _coloured(anomalies)])
         return figure
 
 
@@ -368,7 +383,7 @@ def parts(rows: Sequence[Row]) -> Figure:
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     groups = {name: [r for r in rows if r["score"] == name] for name in names}
     with _figure(1, 6.4, 0.9 + 0.55 * len(anomalies)) as (figure, (axes,)):
-        _dots(axes, anomalies, groups, "^vo", height=0.54)
+        _dots(axes, anomalies, groups, "^vo"[: len(groups)], height=0.54)
         axes.set(xlabel="AUROC (95 % interval)")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
         return figure
@@ -384,8 +399,9 @@ def attack_study(rows: Sequence[Row]) -> Figure:
     """
     factors = list(dict.fromkeys(row["factor"] for row in rows))
     names = list(dict.fromkeys(row["anomaly"] for row in rows))
-    colours = {name: GREY if "random" in name else colour for name, colour in zip(names, COLOURS, strict=False)}
-    with _figure(len(factors), 4.4, 3.4, sharey=True) as (figure, panels):
+    colours = {name: GREY if "random" in name else colour for name, colour in _coloured(names)}
+    with _figure(len(factors), 4.4, 3.6, sharey=True) as (figure, panels):
+        figure.get_layout_engine().set(hspace=0.06)  # type: ignore[call-arg, union-attr]
         for axes, factor in zip(panels, factors, strict=True):
             values = list(dict.fromkeys(row["value"] for row in rows if row["factor"] == factor))
             ends = []
@@ -399,7 +415,8 @@ def attack_study(rows: Sequence[Row]) -> Figure:
                 ends += [(x[-1], line[-1]["auroc"], name, colours[name])] if line else []
             axes.axhline(0.5, color=GREY, lw=1, ls=":")
             ticks = [value if isinstance(value, str) else f"{value:g}" for value in values]
-            axes.set_xticks(range(len(values)), ticks, rotation=20 if any(len(t) > 6 for t in ticks) else 0)
+            long = any(len(tick) > 6 for tick in ticks)
+            axes.set_xticks(range(len(values)), ticks, rotation=25 if long else 0, ha="right" if long else "center")
             axes.set(title=factor, ylim=(0, 1.02))
             if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
                 axes.set_ylabel("AUROC")
@@ -414,7 +431,7 @@ def similarities(points: Sequence[Row]) -> Figure:
     'intra-similarity, m_in'
     """
     with _figure(1, 5.8, 4.4) as (figure, (axes,)):
-        for point, colour in zip(points, COLOURS, strict=False):
+        for point, colour in _coloured(points):
             axes.scatter(point["gamma_m_out"], point["m_in"], s=7, alpha=0.45, lw=0, color=colour, label=point["set"])
         x, y = np.array(axes.get_xlim()), np.array(axes.get_ylim())
         for total in np.linspace(x[0] + y[0], x[1] + y[1], 9)[1:-1]:
@@ -441,7 +458,7 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
     """
     with _figure(2, 4.9, 3.6) as (figure, (left, right)):
         ends = []
-        for curve, colour in zip(curves, COLOURS, strict=False):
+        for curve, colour in _coloured(curves):
             p = np.asarray(curve["p_values"])
             flagged = np.arange(1, len(p) + 1) / len(p)
             dash = "--" if curve["kind"] == "in" else "-"
@@ -453,7 +470,7 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
         left.yaxis.set_major_formatter(FuncFormatter(_percent))
         _label_ends(left, ends)
         shares = [float(np.searchsorted(curve["p_values"], threshold, side="right")) / len(curve["p_values"]) for curve in curves]
-        bars = right.barh(range(len(curves)), shares, color=[c for c, _ in zip(COLOURS, curves, strict=False)])
+        bars = right.barh(range(len(curves)), shares, color=[colour for _, colour in _coloured(curves)])
         right.bar_label(bars, labels=[f"{100 * share:.1f} %" for share in shares], padding=3, fontsize=9)
         right.axvspan(expected["low"], expected["high"], color=GREY, alpha=0.25, lw=0)
         right.axvline(expected["expected"], color=GREY, lw=1)

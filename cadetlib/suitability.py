@@ -84,6 +84,9 @@ def judge(detector: cadet.CADet, name: str, reference: Any, normal: Any, n_judge
     >>> [one["anomaly"] for one in row["rows"]]
     ['noise', 'blur', 'contrast', 'jpeg', 'turned by 180°', 'quarters shuffled']
     """
+    if not 1 <= n_judged <= len(normal) - 2:
+        wrong = f"n_judged: found {n_judged} of {len(normal)} normal images, the others of which are calibrated on"
+        raise ValueError(f"{wrong}; expected from 1 to {len(normal) - 2}")
     sizes = {"judged": n_judged, "calibration": len(normal) - n_judged}
     part = data.split(len(normal), sizes, seed)
     detector.fit(reference, normal[part["calibration"]])

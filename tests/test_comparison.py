@@ -136,10 +136,8 @@ def test_the_population_of_published_programs_by_hand(world, rows):
     """Only images that the victim gets right against attacks that then fool it; no such column for unseen classes."""
     _, known, field = world
     labels = data.load("digits-test").of_classes(range(5))[:90].labels
-    right, fooled = (
-        known.classifier(field.sets[name] / (255 if name == IN_DISTRIBUTION else 1)).argmax(1) == labels
-        for name in (IN_DISTRIBUTION, "FGSM")
-    )
+    clean, moved = field.sets[IN_DISTRIBUTION] / 255, field.sets["FGSM"]
+    right, fooled = (known.classifier(images).argmax(dim=1) == labels for images in (clean, moved))
     fooled = right & ~fooled
     detector = DETECTORS["MSP"]().fit_features(known.features, known.labels, known.classifier.head)
     scores = {name: detector.score_features(embed.embed(known.classifier.encoder, x)) for name, x in field.sets.items()}

@@ -142,13 +142,14 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
         row["side"]: {"auroc": row["knn_accuracy"], "low": row["knn_accuracy_low"], "high": row["knn_accuracy_high"]}
         for row in kept["by_side"]
     }
-    trained, epochs, shown = "epochs of training", [4, 12, 20, 32, 40], {}
+    trained, epochs, shown = "epochs of training", [4, 8, 12, 16, 20, 26, 32, 40], {}
     for name in ("FGSM", "random signs"):
         shown[name] = percent(trained, "auroc", epochs, name)
     pgd_trained = [100 * row["auroc"] for (factor, _, name), row in found.items() if (factor, name) == (trained, "PGD")]
     of_pgd = percent(victim, "auroc", ["supervised", "cifar:resnet20", "cifar:resnet56", "own probe"], "PGD")
     said = [
-        f"FGSM needs: {', '.join(shown['FGSM'][:-1])} and {cell(found[trained, 40, 'FGSM'])} after 4, 12, 20, 32 and 40 epochs",
+        f"FGSM needs: {', '.join(shown['FGSM'][:-1])} and {cell(found[trained, 40, 'FGSM'])} after ",
+        f"after {', '.join(map(str, epochs[:-1]))} and {epochs[-1]} epochs",
         f"random signs {', '.join(shown['random signs'][:-1])} and {shown['random signs'][-1]}, PGD between",
         f"PGD between {min(pgd_trained):.0f} and {max(pgd_trained):.0f}.",
         "FGSM {} at area 0.9 and {} at 0.97 ({} and {} for *m_in* alone), {} at area 0.3".format(

@@ -249,11 +249,7 @@ def test_no_image_is_tuned_or_calibrated_on_in_one_form_and_scored_in_another():
 
     held_out, aside = experiments.some_of(ours, 15, seed=1), experiments.set_aside(ours, 15, 5, seed=1)
     odd = experiments.anomalous(corrupted, 0, 8, "numbered", 15, 1, classes=[0, 2], n_aside=5)
-    parts = [
-        numbers(held_out.images),
-        numbers(aside.images),
-        {round(255 * float(v)) for v in odd[:, 0, 0, 0]} if odd.is_floating_point() else numbers(odd),
-    ]
+    parts = [numbers(found) for found in (held_out.images, aside.images, odd)]
     assert [len(part) for part in parts] == [15, 5, 20]
     assert set().union(*parts) == numbers(ours.images)  # disjoint, and nothing else
     for n_held_out in (0, 40):
@@ -261,3 +257,19 @@ def test_no_image_is_tuned_or_calibrated_on_in_one_form_and_scored_in_another():
             experiments.anomalous(corrupted, 0, 8, "numbered", n_held_out, 1, classes=[0, 2])
     with pytest.raises(ValueError, match="n_held_out: found 0, all images of numbered"):
         experiments.set_aside(numbered, 0, 5, seed=1)
+
+
+def test_more_reference_images_than_there_are_are_refused():
+    sets = {"in-distribution": torch.rand(20, 3, 8, 8), "PGD": torch.rand(20, 3, 8, 8)}
+    sums = experiments.view_sums_of_sets(nn.Flatten(), sets, EvalViews(8), grid=[4], say=lambda _: None)
+    ask = experiments.Asker(sums, {"PGD": True}, experiments.splits(20, 2, n_reference=5, n_calibration=10))
+    assert ask("PGD", 4, n_reference=5)["auroc"] == ask("PGD", 4)["auroc"]
+    with pytest.raises(ValueError, match="n_reference: found 6, expected at most 5"):
+        ask("PGD", 4, n_reference=6)
+
+
+def test_the_papers_shift_is_shown_before_any_other():
+    row = dict(encoder="contrastive", test="MMD-CC", n=50)
+    rows = [row | dict(shift=shift, rate=rate) for shift, rate in (("noise-1", 0.5), ("cifar10.1-v6", 1.0), ("no shift", 0.5))]
+    assert experiments.shift_to_show(rows) == "cifar10.1-v6"
+    assert experiments.shift_to_show(rows[2:]) == "no shift"

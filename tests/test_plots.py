@@ -109,3 +109,22 @@ def test_names_at_line_ends_do_not_cover_one_another():
         boxes = [text.get_window_extent() for text in axes.texts]
         assert len(boxes) == 4
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_no_set_is_left_out_of_a_figure_however_many_there_are():
+    names = [f"set {i}" for i in range(20)]
+    curves = [dict(anomaly=name, false_alarm_rate=[0, 1], detection_rate=[0, 1], auroc=0.5) for name in names]
+    assert [text.get_text() for text in plots.roc_curves(curves).axes[0].get_legend().get_texts()] == [
+        f"{n}  0.50" for n in names
+    ]
+    rows = [dict(anomaly=name, n_views=n, auroc=0.9, low=0.8, high=1.0) for name in names for n in (10, 50)]
+    assert {text.get_text() for text in plots.sweep(rows, "n_views", "views").axes[0].texts} == set(names)
+    shares = [dict(name=name, kind="out", p_values=[0.01, 0.5]) for name in names]
+    left, right = plots.operating_point(shares, 0.05, dict(expected=0.05, low=0.02, high=0.1)).axes
+    assert (
+        len(left.lines) == len(names) + 1
+        and {t.get_text() for t in left.texts} == set(names)
+        and len(right.patches) >= len(names)
+    )
+    points = [dict(set=name, m_in=[0.9], gamma_m_out=[0.1]) for name in names]
+    assert len(plots.similarities(points).axes[0].get_legend().get_texts()) == len(names)

@@ -642,7 +642,11 @@ def test_a_shift_is_detected_when_tests_reject_more_than_without(without, rate, 
     rows += [rejecting("hands", 0.9, test="MMD-CC"), rejecting("hands", 0.9, encoder="supervised")]
     claim = claims.shifts_detected(rows, alpha=0.05)
     assert claim.verdict == verdict and claim.break_even == pytest.approx(100 * max(0.05, without + 0.03))
-    assert claim.parts[0].paper == pytest.approx(32.5)  # Table 1 at the same n
+    assert claim.parts[0].paper is None and claim.unit.endswith("the paper's is CIFAR-10.1")
+    published = claims.shifts_detected(
+        [row | dict(shift=row["shift"].replace("hands", "cifar10.1-v6")) for row in rows], alpha=0.05
+    )
+    assert published.parts[0].paper == pytest.approx(32.5)  # Table 1 at the same n
     assert claims.shifts_detected(rows[:1], alpha=0.05).verdict == "not tested here"
 
 

@@ -65,3 +65,9 @@ def test_disturbances_keep_shape_and_range():
         assert out.shape == x.shape and not torch.allclose(out, x, atol=0.01), name
     quarter = suitability.DISTURBANCES["quarters shuffled"](x)
     assert torch.equal(quarter[..., :8, :8], x[..., 8:, 8:]) and torch.equal(quarter[..., 8:, :8], x[..., :8, 8:])
+
+
+def test_more_judged_than_there_are_is_refused():
+    normal = torch.rand(12, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"n_judged: found 80 of 12 normal images.*expected from 1 to 10"):
+        suitability.judge(CADet(suitability.Pixels(), n_views=2, image_size=8), "bare pixels", normal, normal, n_judged=80)
