@@ -28,8 +28,8 @@ def fgsm(classifier: nn.Module, images: Any, labels: Any, eps: float = 0.05, bat
     """Fast gradient sign method (Goodfellow et al. 2014): one step of length eps up the cross entropy, L-inf.
 
     classifier: any module from images to logits (N, n_classes); images: (N, 3, H, W) uint8 or [0, 1]; labels: (N,) integers
-    -> attacked images (N, 3, H, W) float32 in [0, 1] on the images' device, at most eps from the images at every pixel.
-    Paper: eps 0.05. Wrong input raises ValueError.
+    -> attacked images (N, 3, H, W) float32 in [0, 1] on the images' device, at most eps from the images at every pixel (eps 0:
+    the images). Paper: eps 0.05. Wrong input raises ValueError.
 
     >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     >>> attacked = fgsm(classifier, torch.full((1, 3, 2, 2), 0.5), torch.tensor([1]))
@@ -61,7 +61,8 @@ def pgd(
     >>> [round(float(v), 3) for v in change.abs().aminmax()]  # a linear victim: the corner of the ball
     [0.02, 0.02]
     """
-    _check_steps(n_steps, eps=eps, step=step)
+    eps = checks.not_negative(eps, "eps")
+    _check_steps(n_steps, **({"step": step} if eps else {}))  # at eps 0, where a curve over strengths begins, nothing moves
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
         low, high = linf_box(x, eps)

@@ -359,7 +359,8 @@ BAD = {
         (cw_l2, dict(classifier=_Detached(nn.Flatten(), nn.Linear(48, 2)))),
         (cw_l2_ball, dict(classifier=linear(np.full((2, 48), math.nan)))),
     ],
-    "eps": [(a, dict(eps=bad)) for a in (fgsm, pgd, cw_linf, cw_l2_ball) for bad in (0.0, -0.1, math.nan, math.inf)],
+    "eps": [(a, dict(eps=bad)) for a in (fgsm, pgd, cw_linf, cw_l2_ball) for bad in (-0.1, math.nan, math.inf)]
+    + [(a, dict(eps=0.0)) for a in (cw_linf, cw_l2_ball)],
     "step": [(pgd, dict(step=0.0))],
     "n_steps": [(a, dict(n_steps=bad)) for a in (pgd, cw_l2, cw_l2_ball, cw_linf) for bad in (0, 1.5)],
     "lr": [(a, dict(lr=0.0)) for a in (cw_l2, cw_l2_ball, cw_linf)],
@@ -387,3 +388,11 @@ def test_a_gradient_that_is_not_a_number_is_refused():
 
     with pytest.raises(ValueError, match="gradients"):
         attacks.fgsm(Root(), IMAGES, LABELS)
+
+
+def test_a_curve_over_strengths_begins_at_the_images_themselves():
+    classifier, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), torch.rand(4, 3, 4, 4)
+    y = torch.arange(4) % 3
+    assert torch.equal(fgsm(classifier, x, y, eps=0), x) and torch.equal(pgd(classifier, x, y, eps=0, n_steps=3), x)
+    with pytest.raises(ValueError, match="step: found 0"):
+        pgd(classifier, x, y, eps=0.1, step=0)
