@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from own_features import PARAMS, attacked, held_out, rows_at, write
 from torch import nn
 
 from cadetlib import attack_study, data, encoders, experiments, parameters, plots, pretrain, record
-from cadetlib.experiments import IN_DISTRIBUTION, Row
+from cadetlib.experiments import IN_DISTRIBUTION
 
 
 def stages(folder: Path) -> Iterator[tuple[int, float | None, nn.Module]]:
@@ -37,15 +37,6 @@ def trained_with(folder: Path) -> dict[str, Any]:
     """The settings that a run's encoder was trained with, as its file has them."""
     _, about = encoders.read_safetensors(folder / pretrain.ENCODER, encoders.FORMAT)
     return json.loads(about["settings"])
-
-
-def panels(rows: Sequence[Row]) -> list[Row]:
-    """The rows as the figure of notebook 05 has them: each width's epochs, then the widths, all trained to their ends."""
-    widths = list(dict.fromkeys(row["width"] for row in rows))
-    last = {width: max(row["epoch"] for row in rows if row["width"] == width) for width in widths}
-    by_epoch = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in rows]
-    ends = [row for row in rows if row["epoch"] == last[row["width"]]]
-    return by_epoch + [row | dict(factor="width, trained to the end", value=row["width"]) for row in ends]
 
 
 def main() -> None:
@@ -79,7 +70,7 @@ def main() -> None:
                 rows += rows_at(encoder, sets, paired, scale, [options.n_views], given, **about)
     write(options.out, given, rows, trained=list(settings.values()))
     at = [row for row in rows if row["crop_scale"] == options.scales[0]]
-    options.out.with_suffix(".png").write_bytes(plots.png(plots.attack_study(panels(at))))
+    options.out.with_suffix(".png").write_bytes(plots.png(plots.attack_study(attack_study.of_training(at))))
 
 
 if __name__ == "__main__":

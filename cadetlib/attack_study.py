@@ -6,6 +6,7 @@ attack (its victim, its strength, and whether it is an attack at all: random sig
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import attacks, checks, encoders, experiments, rng
+from cadetlib import attacks, checks, encoders, experiments, record, rng
 from cadetlib.experiments import IN_DISTRIBUTION, Row, Split
 from cadetlib.views import EvalViews
 
 _SIGNS = -4  # stream of an image's random numbers; -1 to -3 are those of attacks and of Hu et al.'s noise
 CONTROL = "random signs"
+_KEPT = ("FGSM", "PGD")  # the attacks that benchmarks/ measure
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,51 @@ def how_seen(row: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     if row["low"] <= 0.5:
         return "not seen"
     return "seen as an attack" if row["low"] > control["high"] else "seen as noise"
+
+
+def of_training(rows: Sequence[Row]) -> list[Row]:
+    """Rows with `width` and `epoch` as a study's: each width's epochs, then the widths, all trained to their ends.
+
+    >>> rows = [dict(width=width, epoch=epoch) for width in (16, 32) for epoch in (0, 26)]
+    >>> [(row["factor"], row["value"]) for row in of_training(rows)][2:5]
+    [('epochs, at width 32', 0), ('epochs, at width 32', 26), ('width, trained to the end', 16)]
+    """
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    last = {width: max(row["epoch"] for row in rows if row["width"] == width) for width in widths}
+    by_epoch = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in rows]
+    ends = [row for row in rows if row["epoch"] == last[row["width"]]]
+    return by_epoch + [row | dict(factor="width, trained to the end", value=row["width"]) for row in ends]
+
+
+def kept(profile: str) -> list[Row]:
+    """What benchmarks/ measured of this question on all images of notebook 04, once, and the project keeps for a profile.
+
+    Rows as a study's, with the `commit` that measured them: attacks on a network read in its own features, by area and number
+    of views (own_features.py), then epochs and widths (training_curve.py). Empty for a profile of which nothing is kept.
+
+    >>> sorted({row["factor"] for row in kept("cifar10-cpu")})[:2]
+    ["area, in cifar:resnet20's own features", "area, in the contrastive encoder's own features"]
+    >>> kept("digits")
+    []
+    """
+    folder, rows = record.checkout() / "outputs" / "reference" / profile, []
+    for file in ("own_features.json", "own_features_contrastive.json"):
+        network, found = _measured(folder / file)
+        own = f"in {'the contrastive encoder' if network == 'contrastive' else network}'s own features"
+        most, widest = (max((row[key] for row in found), default=0) for key in ("n_views", "crop_scale"))
+        rows += [row | dict(factor=f"area, {own}", value=row["crop_scale"]) for row in found if row["n_views"] == most]
+        at = f"views of area {widest}, {own}"
+        rows += [row | dict(factor=at, value=row["n_views"]) for row in found if row["crop_scale"] == widest]
+    return rows + of_training(_measured(folder / "training_curve.json")[1])
+
+
+def _measured(path: Path) -> tuple[str, list[Row]]:
+    """Whose features a benchmark read, and its rows for attacks and the control, with the commit; none without the file."""
+    if not path.is_file():
+        return "", []
+    found = json.loads(path.read_text())
+    commit = found["commit"]["commit"][:7] + (" and changes" if found["commit"]["dirty"] else "")
+    return found.get("network", ""), [row | dict(commit=commit) for row in found["rows"] if row["anomaly"] in (*_KEPT, CONTROL)]
 
 
 class AtLayer(nn.Module):

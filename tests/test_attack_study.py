@@ -1,5 +1,7 @@
 """The study's own parts: the control, the layers, and rows that are those of the ablations."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -66,3 +68,28 @@ def test_pgd_at_another_strength_is_that_of_notebook_04_scaled(network):
 def test_a_change_of_no_size_is_refused(eps):
     with pytest.raises(ValueError, match="eps: found"):
         attack_study.random_signs(torch.rand(1, 3, 4, 4), eps)
+
+
+def test_what_benchmarks_measured_is_told_with_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADET_ROOT", str(tmp_path))
+    folder = tmp_path / "outputs" / "reference" / "some"
+    folder.mkdir(parents=True)
+    assert attack_study.kept("some") == []
+    row, clean = dict(anomaly="PGD", auroc=0.9, low=0.8, high=1.0, m_in=0.7), dict(commit="a" * 40, dirty=False)
+    grid = [row | dict(crop_scale=scale, n_views=n) for scale in (0.5, 0.9) for n in (2, 50)]
+    (folder / "own_features.json").write_text(json.dumps(dict(network="cifar:resnet20", commit=clean, rows=grid)))
+    ends = [row | dict(width=width, epoch=9) for width in (16, 32)] + [row | dict(width=16, epoch=9, anomaly="svhn")]
+    changed = dict(commit="b" * 40, dirty=True)
+    (folder / "training_curve.json").write_text(json.dumps(dict(commit=changed, rows=ends)))
+    found = attack_study.kept("some")
+    assert [(r["factor"], r["value"]) for r in found] == [
+        ("area, in cifar:resnet20's own features", 0.5),
+        ("area, in cifar:resnet20's own features", 0.9),
+        ("views of area 0.9, in cifar:resnet20's own features", 2),
+        ("views of area 0.9, in cifar:resnet20's own features", 50),
+        ("epochs, at width 16", 9),
+        ("epochs, at width 32", 9),
+        ("width, trained to the end", 16),
+        ("width, trained to the end", 32),
+    ]
+    assert {r["commit"] for r in found} == {"aaaaaaa", "bbbbbbb and changes"}
