@@ -48,6 +48,16 @@ class Detector:
     tuned_on_anomalies: bool = False  # has seen anomalies before it scores
     forwards: float = 1.0  # cost of a score in forward passes per image, a backward pass counted as two
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its name in DETECTORS, where it has one: classes made from functions are found nowhere else."""
+        name = next((name for name, entry in DETECTORS.items() if entry is type(self)), None)
+        return (object.__new__, (type(self),), vars(self)) if name is None else (_unpickled, (name,), vars(self))
+
+
+def _unpickled(name: str) -> Any:
+    """A bare detector of DETECTORS, whose values pickle then sets."""
+    return object.__new__(DETECTORS[name])
+
 
 class PostHoc(Detector, ABC):
     """A detector on penultimate features: a subclass says what to `learn` of the training features and how it `scores` others.
@@ -245,6 +255,17 @@ def maximum_logit(logits: Tensor) -> Tensor:
     return -ood.MaxLogit.score(logits)
 
 
+class _OfMaps(nn.Module):
+    """A head on feature maps of one pixel, in float64; a class, for a function of its own could not be pickled."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.head(maps.flatten(1).double())
+
+
 class _Library(PostHoc):
     """A detector of pytorch-ood on cached features. settings: keywords of its class, whose defaults hold otherwise."""
 
@@ -269,7 +290,7 @@ class _Library(PostHoc):
 
     def _head(self, features: Tensor) -> Callable[[Tensor], Tensor]:
         if self.takes == "feature_maps":
-            return lambda maps: self.logits(maps.flatten(1))
+            return _OfMaps(self.head_)
         return _copy(self.head_, features.device, torch.float32)  # its detectors on features cast these to float32
 
     def _input(self, features: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ def centred(*samples: Tensor) -> Tensor:
     tensor([[ 0.5000, -0.5000],
             [-0.5000,  0.5000]])
     """
-    # Unit and centred in float64, block by block: what tells apart embeddings that are nearly alike is small against them.
-    blocks = [block for sample in samples for block in sample.split(4096)]
-    mean = torch.stack([checks.unit(block.double()).sum(dim=0) for block in blocks]).sum(dim=0) / sum(map(len, blocks))
-    return torch.cat([(checks.unit(block.double()) - mean).to(block.dtype) for block in blocks])
+    # In float64, block by block: what tells apart embeddings that are nearly alike is small against them.
+    units = [checks.unit(block.double()) for sample in samples for block in sample.split(1024)]
+    mean = torch.stack([block.sum(dim=0) for block in units]).sum(dim=0) / sum(map(len, units))
+    return torch.cat([block.sub_(mean).to(samples[0].dtype) for block in units])
 
 
 def _equal_sizes(**samples: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ import copy
 import doctest
 import inspect
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -480,3 +481,11 @@ def test_cosines_know_no_scale(scale):
     for name in ("kNN", "SSD"):
         ours, scaled = (DETECTORS[name]().fit_features(X * by, Y).score_features(X[:9] * by) for by in (1.0, scale))
         torch.testing.assert_close(scaled, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", POST_HOC)
+def test_a_fitted_detector_survives_pickling(name):
+    detector = DETECTORS[name]().fit_features(X, Y, HEAD)
+    again = pickle.loads(pickle.dumps(detector))
+    assert type(again) is type(detector)
+    assert torch.equal(again.score_features(X[:7]), detector.score_features(X[:7]))
