@@ -127,8 +127,9 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
         "parameters": {name[:2]: found["parameters"] for name, found in provenance.items()},
         "figures": {name: _figure(folder, notebook, name, profile) for notebook, names in FIGURES.items() for name in names},
         "claims": judged(loaded),
-        "layouts": _layouts(results),
+        "layouts": _layouts(results, judged=not _of_a_dry_run(loaded)),
         "counts": _counted([row["verdict"] for row in verdicts(results["04"]["rows"])]),
+        "as_in_table_2": tables.paper_n_perm(results["03"]["rows"])[0],
         "tuned": sorted({r["detector"] for r in paper.TABLE_4.records() if r["tuned"]}),
         "missing": _missing(results),
         "outdated": _outdated(loaded),
@@ -229,7 +230,7 @@ def _encoder_was_kept(pretrained: Row) -> bool:
     return "-kept/" in file or "-taken-" in file
 
 
-def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:
+def _layouts(results: Mapping[str, Row], judged: bool) -> dict[str, Any]:
     ablations = results["05"]
     sweeps = {
         "by_part": ("score", "score"),
@@ -242,8 +243,8 @@ def _layouts(results: Mapping[str, Row]) -> dict[str, Any]:
         "table_1": tables.table_1_layouts(results["02"]["rows"]),
         "table_2": tables.table_2_layouts(results["03"]["rows"]),
         "table_2_details": tables.table_2_details_layouts(results["03"]["rows"]),
-        "table_3": tables.detection_layout(results["04"]["rows"], 3),
-        "table_4": tables.detection_layout(results["04"]["rows"], 4),
+        "table_3": tables.detection_layout(results["04"]["rows"], 3, judged),
+        "table_4": tables.detection_layout(results["04"]["rows"], 4, judged),
         "cost": tables.cost_layout(results["04"]["rows"]),
         "table_5": tables.table_5_layout(ablations["moments"]),
         "precision": tables.precision_layout(ablations["by_precision"]),

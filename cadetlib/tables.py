@@ -126,14 +126,16 @@ def _printed_system(record: Row) -> str:
 def counterparts(anomaly: str) -> tuple[str, ...]:
     """The paper's sets nearest to one of ours; none for in-distribution images after a corruption, which it does not have.
 
-    >>> counterparts("CW-Linf"), counterparts("imagenet-o"), counterparts("digits-7-to-9"), counterparts("cifar10-test:jpeg-3")
-    (('CW',), ('ImageNet-O',), ('iNaturalist', 'ImageNet-O'), ())
+    >>> counterparts("CW-Linf"), counterparts("imagenet-o"), counterparts("inaturalist-plants")
+    (('CW',), ('ImageNet-O',), ('iNaturalist',))
+    >>> counterparts("digits-7-to-9"), counterparts("cifar10-test:jpeg-3")
+    (('iNaturalist', 'ImageNet-O'), ())
     """
     if ":" in anomaly:
         return ()
     if anomaly in PAPER_ATTACKS:
         return (PAPER_ATTACKS[anomaly],)
-    return tuple(name for name in UNSEEN if name.lower() == anomaly.lower()) or UNSEEN
+    return tuple(name for name in UNSEEN if anomaly.lower().startswith(name.lower())) or UNSEEN
 
 
 def table_3_and_4(rows: Sequence[Row]) -> pd.DataFrame:
@@ -242,13 +244,13 @@ def attacks_seen(rows: Sequence[Row], encoder: str) -> list[str]:
     for name, own in by_attack.items():
         # Random signs have no victim: where only the victim differs they are those of the common setting.
         seen = {place: attack_study.how_seen(row, signs.get(place, signs[here])) for place, row in own.items()}
-        counts = Counter(seen.values())
+        once = {percent(own[place]): place for place in own}  # the common setting is a value of several factors
+        counts = Counter(seen[place] for place in once.values())
         printed = paper_value("CADet", "contrastive", name)[0]
         paragraph = (
-            f"{name}: {percent(own[here])}, {seen[here]} (the paper, on ImageNet: {printed:.1f}). Of {len(own)} settings it is "
+            f"{name}: {percent(own[here])}, {seen[here]} (the paper, on ImageNet: {printed:.1f}). Of {len(once)} settings it is "
             f"seen as an attack in {counts['seen as an attack']}, as noise in {counts['seen as noise']}:"
         )
-        once = {percent(own[place]): place for place in own}  # the common setting is a value of several factors
         best = sorted(once.values(), key=lambda place: -own[place]["auroc"])[:3]
         lines = [f"  {percent(own[place])}, {seen[place]}: {place[0]} {place[1]}" for place in best if seen[place] != "not seen"]
         paragraphs.append("\n".join([paragraph, *lines]))
@@ -413,7 +415,7 @@ def paper_n_perm(rows: Sequence[Row]) -> list[Row]:
     >>> [row["n_perm"] for row in paper_n_perm([dict(n_perm=100), dict(n_perm=500)])]
     [100]
     """
-    fewest = min(r["n_perm"] for r in rows)
+    fewest = min((r["n_perm"] for r in rows), default=0)
     return [r for r in rows if r["n_perm"] == (PAPER_N_PERM if any(q["n_perm"] == PAPER_N_PERM for q in rows) else fewest)]
 
 
@@ -466,8 +468,8 @@ def table_2_details_layouts(rows: Sequence[Row]) -> list[Layout]:
     ]
 
 
-def detection_layout(rows: Sequence[Row], number: int) -> Layout:
-    """Table 3 (unseen classes) or 4 (attacks): AUROC (%) of ours, each with its verdict, beside the paper's table.
+def detection_layout(rows: Sequence[Row], number: int, judged: bool = True) -> Layout:
+    """Table 3 (unseen classes) or 4 (attacks): AUROC (%) of ours, each with its verdict if `judged`, beside the paper's table.
 
     >>> row = dict(detector="CADet", encoder="contrastive", anomaly="PGD", auroc=0.9, low=0.8, high=0.95)
     >>> line = next(line for line in detection_layout([row], number=4).lines if line.label == "CADet, contrastive")
@@ -478,7 +480,7 @@ def detection_layout(rows: Sequence[Row], number: int) -> Layout:
     printed = [column[0] for column in table.columns]
     own = [r for r in rows if (r["anomaly"] in PAPER_ATTACKS) == (number == 4)]
     own.sort(key=lambda r: min((printed.index(name) for name in counterparts(r["anomaly"])), default=len(printed)))
-    ours = {(_system(r["detector"], r["encoder"]), r["anomaly"]): _cell(percent(r), _note(r)) for r in own}
+    ours = {(_system(r["detector"], r["encoder"]), r["anomaly"]): _cell(percent(r), _note(r) if judged else "") for r in own}
     theirs = {
         (_system(_printed_system(r), r["encoder"]), r["distribution"]): Cell(f"{r['value']:.2f}")
         for r in table.records()

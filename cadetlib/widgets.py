@@ -94,7 +94,7 @@ class ThresholdExplorer:
         self.alpha = min(max(alpha, 1 / (len(first["calibration_scores"]) + 1)), 1.0)
         self.slider = _slider("p ≤", self.alpha, _start(self.alpha, len(first["calibration_scores"])), 0.0)
         self.q = _slider("q =", q, float(np.log10(q)) - 2, float(np.log10(0.5)))
-        self.share = ipywidgets.Dropdown(options=[(f"{s:.0%}", s) for s in SHARES], value=0.5, description="anomalies")
+        self.share = ipywidgets.Dropdown(options=[(f"{s:.0%}", s) for s in SHARES], value=0.5, description="share of these")
         self.file = ipywidgets.Text(value=str(save_to), description="file", layout=ipywidgets.Layout(width="40em"))
         self.numbers, self.images, self.decision, self.saved = (ipywidgets.HTML() for _ in range(4))
         self.curves, self.batch = Layers(), Layers()
@@ -172,8 +172,8 @@ class ThresholdExplorer:
         try:
             path = thresholds.write(self.file.value, kept, detector_name=row["name"], flagged=found)
             self.saved.value = f"saved: {path.name}, p ≤ {kept.threshold:.4g}"
-        except OSError as error:
-            self.saved.value = f"not saved: {error.strerror or error}"
+        except (OSError, ValueError) as error:  # ValueError: of an empty name
+            self.saved.value = f"not saved: {getattr(error, 'strerror', None) or error}"
 
 
 def threshold_explorer(

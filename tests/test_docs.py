@@ -87,9 +87,12 @@ def test_every_public_name_has_an_example(file):
 
 ATTACKS = ("FGSM", "PGD", "random signs")
 OF_CIFAR = {"svhn-first1083": "SVHN", "cifar100-first2000": "CIFAR-100"}
+OF_ATTACKS = ("FGSM", "PGD", "CW-L2", "CW-L2-ball", "CW-Linf")
 FIRST_TABLE = {
-    "digits": {"digits-7-to-9": "unseen: 7 to 9", "FGSM": "FGSM", "PGD": "PGD"},
-    "cifar10-cpu": OF_CIFAR | {"mnist-test": "MNIST", "flowers64": "flowers", "FGSM": "FGSM", "PGD": "PGD"},
+    "digits": {"digits-7-to-9": "unseen: 7 to 9"} | {name: name for name in OF_ATTACKS},
+    "cifar10-cpu": OF_CIFAR
+    | {"mnist-test": "MNIST", "flowers64": "flowers", "cifar10-test:contrast-5": "contrast-5, no attack"}
+    | {name: name for name in OF_ATTACKS},
 }
 
 

@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from cadetlib import claims, plots, record, report
+from cadetlib import claims, parameters, plots, record, report, tables
 
 PROFILE = "tiny"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -635,7 +635,13 @@ def rejecting(shift, rate, n=100, test="MMD", encoder="contrastive"):
 
 @pytest.mark.parametrize(
     ("without", "rate", "verdict"),
-    [(0.05, 0.3, "confirmed here"), (0.05, 0.1, "undecided"), (0.25, 0.3, "undecided"), (0.05, 0.01, "not confirmed here")],
+    [
+        (0.05, 0.3, "confirmed here"),
+        (0.05, 0.1, "undecided"),
+        (0.25, 0.3, "undecided"),
+        (0.05, 0.01, "undecided"),
+        (0.25, 0.01, "not confirmed here"),
+    ],
 )
 def test_a_shift_is_detected_when_tests_reject_more_than_without(without, rate, verdict):
     rows = [rejecting("no shift", without), rejecting("hands", rate), rejecting("hands", 0.9, n=10)]
@@ -765,3 +771,26 @@ def test_a_training_that_had_ended_before_notebook_01_began_counts_in_the_time()
     assert report._minutes([others, loaded(1000.0, results), others]) == pytest.approx((120 + 1000) / 60)
     kept = results | dict(encoders=dict(contrastive="contrastive-kept/encoder.safetensors"))
     assert report._minutes([others, loaded(10.0, kept), others]) == pytest.approx((120 + 20) / 60)
+
+
+def test_claims_about_nothing_are_not_tested():
+    found = [claims.shifts_detected([], 0.05), claims.small_samples_helped([]), claims.few_views_suffice([])]
+    found += [claims.contrastive_better([], {"PGD"}), claims.similarities_divide_the_work([], {"PGD"})]
+    assert {claim.verdict for claim in found} == {"not tested here"}
+
+
+def test_the_sets_of_the_imagenet_profiles_stand_beside_their_own_columns():
+    for profile in ("imagenet", "imagenet-pretrained"):
+        given = parameters.read_yaml(record.checkout() / "params" / profile / "04_cadet_tables.yaml")
+        assert [tables.counterparts(name) for name in given["unseen"]] == [("ImageNet-O",), ("iNaturalist",)]
+    assert tables.paper_value("CADet", "supervised", "inaturalist-plants") == (95.28, "iNaturalist")
+
+
+def test_a_dry_run_has_no_verdict_in_any_table():
+    row = dict(detector="MSP", encoder="supervised", anomaly="PGD", auroc=0.9, low=0.8, high=0.95)
+    rows = [row | dict(difference=0.2, p_difference=1e-6)]
+
+    def notes(judged):
+        return [cell.note for line in tables.detection_layout(rows, 4, judged).lines for cell in line.cells]
+
+    assert any("beats CADet" in note for note in notes(True)) and not any(notes(False))

@@ -185,6 +185,9 @@ def test_a_saved_threshold_carries_its_guarantees_and_its_detector(explorer, tmp
     explorer.file.value = str(tmp_path / "t.json" / "below a file.json")
     explorer.save()
     assert "not saved" in explorer.saved.value
+    explorer.file.value = ""
+    explorer.save()
+    assert "not saved" in explorer.saved.value and "empty" in explorer.saved.value
 
 
 def test_a_move_answers_in_time_at_ten_thousand_images():
