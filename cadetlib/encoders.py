@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -335,12 +335,17 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": kind} | {k: str(v) for k, v in about.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the umask has it; safetensors lets nobody else read its files
-    save_file(tensors, temporary, metadata | {"sha256": weights_digest(tensors, metadata)})
-    temporary.chmod(mode)
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors lets nobody else read its files
+        save_file(tensors, temporary, metadata | {"sha256": weights_digest(tensors, metadata)})
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: found no way to write it ({error}), expected room on a disk that can be written") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

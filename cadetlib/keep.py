@@ -42,7 +42,7 @@ def keep_encoder(run: Path, kept: Path) -> Path:
 def keep_results(folder: Path, kept: Path) -> list[Path]:
     """The results, PNG figures and report of a results folder, each verified or complete -> their files in the folder `kept`.
 
-    ValueError for results that are damaged or of a dry run.
+    ValueError, before any is copied, for results that are damaged, of a dry run, or made from others than those beside them.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -51,10 +51,15 @@ def keep_results(folder: Path, kept: Path) -> list[Path]:
     ['report.html']
     """
     sources = [*sorted(folder.glob("[0-9][0-9]_*.json")), *sorted((folder / "figures").glob("*.png")), folder / "report.html"]
+    found = {source.stem: record.result(source) for source in sources if source.suffix == ".json"}
+    for name, loaded in found.items():
+        for needed, digest in loaded.provenance.get("needed", {}).items():
+            if needed in found and found[needed].digest != digest:
+                raise ValueError(
+                    f"{name}: found results made from another run of {needed}, expected the one beside it; run it again"
+                )
     made = []
     for source in sources:
-        if source.suffix == ".json":
-            record.result(source)
         target = kept / source.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         made.append(Path(shutil.copy(source, target)))
@@ -98,11 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--encoder", action="store_true", help="keep the contrastive encoder, and leave the results as they are")
     chosen = parser.parse_args(arguments)
     folder, kept = record.output_folder(chosen.profile), record.checkout() / "outputs" / "reference" / chosen.profile
-    if chosen.encoder:
-        trained = record.result(folder / "01_pretraining.json").results["encoders"]["contrastive"]
-        files = [keep_encoder((folder / trained).parent, kept / "pretraining" / "contrastive")]
-    else:
-        files = keep_results(folder, kept)
+    try:
+        if chosen.encoder:
+            trained = record.result(folder / "01_pretraining.json").results["encoders"]["contrastive"]
+            files = [keep_encoder((folder / trained).parent, kept / "pretraining" / "contrastive")]
+        else:
+            files = keep_results(folder, kept)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for name in too_large(files):
         print(f"too large for git: {name}", file=sys.stderr)
     print(f"kept {len(files)} files in {kept}")

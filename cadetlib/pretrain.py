@@ -12,6 +12,7 @@ there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM, 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,7 @@ class Settings:
     max_steps: int = 0  # stop after so many steps, to try a configuration; 0: run to the end
     stream: bool = False  # read image files as training goes on; sets that do not fit in memory always are
     workers: int = 0  # processes that decode a streamed set, for each training process; 0: one a core
-    allow_unreadable: int = 0  # damaged image files of a streamed set to leave out; with more, training does not begin
+    allow_unreadable: int = 0  # damaged image files of a set to leave out; with more, training does not begin
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -121,10 +122,14 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {allowed}")
-        for name in ("batch_size", "epochs", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "knn_images", "width"):
             checks.at_least(getattr(self, name), name, 1)
-        for name in ("workers", "allow_unreadable"):
+        for name in ("workers", "allow_unreadable", "knn_every", "max_steps", "warmup_epochs"):
             checks.at_least(getattr(self, name), name, 0)
+        checks.in_open_interval(self.tau, "tau", high=math.inf)
+        for name in ("flip", "jitter", "greyscale", "blur"):
+            if checks.not_negative(getattr(self, name), name) > 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a probability")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale: found {self.crop_scale}, expected [low, high] with 0 < low <= high <= 1")
 
@@ -445,7 +450,7 @@ def is_streamed(settings: Settings) -> bool:
 
 def _prepared(name: str, settings: Settings) -> data.ImageSet:
     """A set of these classes, counted from 0; files are not read yet."""
-    images = data.load(name).of_classes(settings.classes)
+    images = data.load(name, allow_unreadable=settings.allow_unreadable).of_classes(settings.classes)
     if settings.classes and images.labels is not None:
         position = {label: i for i, label in enumerate(settings.classes)}
         images = replace(images, labels=torch.tensor([position[int(label)] for label in images.labels]))
@@ -492,7 +497,9 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
     ValueError: batch_size: found 1 on 1 processes, expected at least 2 and a multiple of 1
     """
     stop = _Stop()
-    with stop.listening():
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with stop.listening(), _alone_in(folder) if _is_first() else nullcontext():
         return _train(settings, device or encoders.default_device(), stop)
 
 
@@ -502,7 +509,6 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     embed.warn_of_emulation(settings.dtype, device)
     _check_division(settings.batch_size, world)
     folder = Path(settings.output)
-    folder.mkdir(parents=True, exist_ok=True)
 
     images = _training_images(settings)
     held_out = _held_out(settings, images)
@@ -555,6 +561,18 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     end = min(last_step, settings.max_steps or last_step)
     log = _Log(folder / "log.jsonl", step)
     batches = _batches(images, views, settings, device, step, end)
+
+    def evaluates(step: int) -> bool:
+        done, rest = divmod(step, steps_per_epoch)
+        return held_out is not None and rest == 0 and (done % settings.knn_every == 0 or step == last_step)
+
+    def evaluate() -> None:
+        assert held_out is not None
+        accuracy = _knn(model.encoder, images, held_out, settings)
+        log.write(step=step, epoch=float(step // steps_per_epoch), knn_accuracy=accuracy)
+
+    if step and evaluates(step) and _anywhere(not log.has(step, "knn_accuracy"), device):
+        evaluate()  # the run ended after this step's checkpoint and before its evaluation
     began, began_step, recent = time.perf_counter(), step, []
     model.train()
     while step < end:
@@ -595,18 +613,21 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             began, began_step, recent = time.perf_counter(), step, []
         finished_epoch = step % steps_per_epoch == 0
         done = step // steps_per_epoch
-        if held_out is not None and finished_epoch and (done % settings.knn_every == 0 or step == last_step):
-            log.write(step=step, epoch=float(done), knn_accuracy=_knn(model.encoder, images, held_out, settings))
-            began, began_step = time.perf_counter(), step
         if finished_epoch and done in settings.snapshots and _is_first():
             encoders.save_encoder(model.encoder, _snapshot_file(folder, done), half=True, steps=step)
         asked = stop.agreed(device)
         if asked or step == end or (finished_epoch and done % settings.checkpoint_every == 0):
             save()
+        if not asked and evaluates(step):  # after the checkpoint, which a kill in a long evaluation would else cost
+            evaluate()
+            began, began_step = time.perf_counter(), step
+            asked = stop.agreed(device)
+            if asked:
+                save()
         if asked:
             _say(f"asked to stop: saved at step {step}; start again with the same settings to go on")
             return PREEMPTED
-    if _is_first() and step == last_step:
+    if _is_first() and step == last_step and not _holds(folder / ENCODER, step):
         head = model.head if isinstance(model.head, nn.Linear) else None
         told = json.dumps({k: v for k, v in asdict(settings).items() if k != "output"})  # a folder is nobody else's business
         encoders.save_encoder(model.encoder, folder / ENCODER, head=head, steps=step, settings=told)
@@ -627,6 +648,43 @@ def _batches(
     for _, index in stream.shares(len(images), settings.batch_size, settings.seed, first, last, rank, world):
         index = index.to(device, non_blocking=True)
         yield checks.images(pixels[index]), labels[index], index
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A lock on a run's folder, which the system frees however this process ends; ValueError when another process has it.
+
+    Two runs in one folder would remove each other's unfinished checkpoints and write one log.
+    """
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise ValueError(f"{folder}: found another training at work in it, expected none; wait for it or end it") from error
+    except OSError:  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
+
+
+def _holds(file: Path, steps: int) -> bool:
+    """Whether an undamaged encoder of so many steps is there: written again it would have other bytes, and outdate notebooks."""
+    try:
+        return encoders.read_safetensors(file, encoders.FORMAT)[1].get("steps") == str(steps)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _anywhere(here: bool, device: torch.device) -> bool:
+    """Whether something is so for the first process, which has the log; the same answer for all."""
+    if not losses.is_distributed():
+        return here
+    found = torch.tensor(float(here and _is_first()), device=device)
+    distributed.all_reduce(found)
+    return bool(found)
 
 
 def _snapshot_file(folder: Path, epoch: int) -> Path:
@@ -700,6 +758,10 @@ class _Log:
             temporary = path.with_name(f".{path.name}")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(path)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a value of this name was logged at this step."""
+        return any(line["step"] == step and name in line for line in read_log(self.path))
 
     def write(self, **values: Any) -> None:
         if _is_first():

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cadetlib import pretrain
+from cadetlib import pretrain, record
 
 
 def changed(given: Mapping[str, Any], recipe: str) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def obtain(given: Mapping[str, Any], recipes: Sequence[str], train: bool) -> tup
     for_each = {recipe: changed(given, recipe) for recipe in recipes}
     folders = {recipe: pretrain.run_folder(pretrain.settings_from(its)) for recipe, its in for_each.items()}
     if train:
+        for folder in folders.values() if record.forced() else ():
+            record.set_aside(folder)
         folders = {recipe: pretrain.launch(its) for recipe, its in for_each.items()}
     files = {recipe: folder / pretrain.ENCODER for recipe, folder in folders.items()}
     return {k: file for k, file in files.items() if file.is_file()}, [k for k, file in files.items() if not file.is_file()]

@@ -437,13 +437,28 @@ def _environment(job: Job, run_id: str, slots: Sequence[str | None], n_slots: in
 
 
 def _print_and_log(process: subprocess.Popen[str], log: Path, prefix: str) -> None:
-    """Every line to the log, and to the terminal what is not papermill's talk about itself."""
-    with open(log, "w", encoding="utf-8") as file:
-        for line in process.stdout or ():
-            file.write(line)
-            file.flush()
-            if line.strip() and not NOISE.match(line):
+    """Every line to the log, and to the terminal what is not papermill's talk about itself.
+
+    Lines are read to the end even where they cannot be written, on a full disk or to a terminal that has gone: a notebook whose
+    lines nobody reads stops.
+    """
+    file, failed = None, ""
+    with suppress(OSError):
+        file = open(log, "wb", buffering=0)
+    for line in process.stdout or ():
+        try:
+            if file is not None:
+                file.write(line.encode())
+        except OSError as error:
+            failed = failed or f"{prefix}{log.name}: {error.strerror}; the notebook goes on"
+        if line.strip() and not NOISE.match(line):
+            with suppress(OSError):
                 _say(prefix + line.rstrip())
+    if file is not None:
+        file.close()
+    if failed:
+        with suppress(OSError):
+            _say(failed)
 
 
 def _finish(child: _Child, job: Job) -> _Outcome:
@@ -545,7 +560,8 @@ def _signals_end_it() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGTERM, *(n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN)]
+    before = {number: signal.signal(number, stop) for number in numbers}  # what is ignored, as under nohup, stays so
     try:
         yield
     finally:

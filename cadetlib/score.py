@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import fcntl
 import hashlib
 import heapq
 import html
@@ -36,7 +37,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -347,6 +348,23 @@ def _holds_something(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def _held(path: Path) -> IO[bytes]:
+    """A table opened to append, and locked until it is closed; ValueError when another process writes it.
+
+    Each of the two would add every row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"{path}: found another process at work on it, expected none; wait for it or end it") from error
+    except OSError:  # a file system that knows no locks
+        pass
+    return file
+
+
 class Table:
     """The CSV file that grows: begun, or taken up again where an earlier run was stopped. Eight bytes a file are kept in memory.
 
@@ -364,6 +382,7 @@ class Table:
     def __init__(self, path: str | Path, settings: Settings) -> None:
         self.path = Path(path)
         self.done = np.empty(0, np.uint64)
+        self.file = _held(self.path)
         if _holds_something(self.path):
             other = settings.differing(self.path)
             if other:
@@ -374,7 +393,7 @@ class Table:
             self._take_up()
         else:
             settings.write(self.path)
-            record.write_atomically(self.path, line(COLUMNS))
+            self._write([COLUMNS])
 
     def _take_up(self) -> None:
         end, hashes = 0, array("Q")
@@ -387,7 +406,7 @@ class Table:
         os.truncate(self.path, end)
         self.done = np.sort(np.array(hashes, np.uint64))
         if not end:
-            self.path.write_bytes(line(COLUMNS))
+            self._write([COLUMNS])
 
     def has(self, path: str) -> bool:
         """Whether the file has its line from an earlier run."""
@@ -397,10 +416,12 @@ class Table:
 
     def append(self, rows: Iterable[Sequence[str]]) -> None:
         """Write lines, and wait until they are on the disk."""
-        with open(self.path, "ab") as file:
-            file.write(b"".join(line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(rows)
+
+    def _write(self, rows: Iterable[Sequence[str]]) -> None:
+        self.file.write(b"".join(line(row) for row in rows))
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
 
 def rows_of_chunk(detector: CADet, chunk: Sequence[Decoded], threshold: float) -> list[list[str]]:
@@ -751,7 +772,10 @@ def _shown(text: str) -> str:
 
 
 def _item(folder: Path, row: dict[str, str]) -> tuple[str, int]:
-    uri, side = _thumbnail(folder / row["path"])
+    try:
+        uri, side = _thumbnail(folder / row["path"])
+    except (OSError, ValueError):  # it was there when it was scored
+        uri, side = "", 64
     kind, word = ("flagged", "flagged") if row["flagged"] == "True" else ("", "not flagged")
     name = _shown(row["path"])
     text = f'<li class="{kind}"><img alt="{name}" src="{uri}"><b>p = {float(row["p_value"]):.4g}</b>{word}<br>{name}</li>'

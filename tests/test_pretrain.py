@@ -496,7 +496,7 @@ def test_refused_before_training(changed, message, tmp_path):
 
 def test_labels_are_asked_for(monkeypatch, tmp_path):
     digits = data.load("digits-train")
-    monkeypatch.setattr(data, "load", lambda name: replace(digits, labels=None))
+    monkeypatch.setattr(data, "load", lambda name, **_: replace(digits, labels=None))
     with pytest.raises(ValueError, match="expected some for the supervised objective"):
         pretrain.train(settings(tmp_path, objective="supervised"))
     with pytest.raises(ValueError, match="expected labels for the kNN evaluation"):
@@ -505,7 +505,21 @@ def test_labels_are_asked_for(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(objective="x"), dict(optimizer="x"), dict(reduction="x"), dict(dtype="x"), dict(epochs=0), dict(crop_scale=[0.5, 0.2])],
+    [
+        dict(objective="x"),
+        dict(optimizer="x"),
+        dict(reduction="x"),
+        dict(dtype="x"),
+        dict(epochs=0),
+        dict(crop_scale=[0.5, 0.2]),
+        dict(knn_images=0),
+        dict(max_steps=-3),
+        dict(warmup_epochs=-1),
+        dict(flip=1.5),
+        dict(knn_every=-1),
+        dict(tau=0.0),
+        dict(width=0),
+    ],
 )
 def test_impossible_settings(wrong):
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: found"):
@@ -614,3 +628,36 @@ def test_settings_from_refuses(wrong, message):
 def test_stale_distributed_variables_count_for_nothing(uninterrupted, tmp_path):
     assert run(tmp_path, variables=STALE) == 0
     assert_same_run(run_folder(tmp_path), uninterrupted)
+
+
+def test_a_kill_in_an_evaluation_costs_no_checkpoint_and_no_evaluation(tmp_path, monkeypatch):
+    """The checkpoint is written first; the evaluation that was cut off is made up for when the run goes on."""
+    whole = settings(tmp_path / "whole", epochs=4)
+    assert pretrain.train(whole) == 0
+    knn, calls = pretrain._knn, []
+
+    def cut_off(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return knn(*given)
+
+    monkeypatch.setattr(pretrain, "_knn", cut_off)
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(settings(folder, epochs=4))
+    assert last_checkpoint(folder)["step"] == 24
+    assert pretrain.train(settings(folder, epochs=4)) == 0
+
+    def said(of):
+        return [(line["step"], line["knn_accuracy"]) for line in pretrain.read_log(of / "log.jsonl") if "knn_accuracy" in line]
+
+    assert said(folder) == said(tmp_path / "whole") and len(said(folder)) == 2
+    first = (folder / pretrain.ENCODER).read_bytes()
+    assert pretrain.train(settings(folder, epochs=4)) == 0 and (folder / pretrain.ENCODER).read_bytes() == first
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    with pretrain._alone_in(tmp_path), pytest.raises(ValueError, match="found another training at work in it"):
+        pretrain.train(settings(tmp_path))
+    assert pretrain.train(settings(tmp_path, epochs=1)) == 0

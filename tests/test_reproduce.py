@@ -380,3 +380,21 @@ def test_results_of_an_earlier_run_do_not_count(checkout, write_notebook, capsys
     found = subprocess.run(command, cwd=checkout / "params", capture_output=True, text=True)
     assert found.returncode == 1
     assert "00_a failed: it wrote no results (run.save was not reached)" in found.stdout
+
+
+def test_what_is_ignored_stays_so_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with reproduce._signals_end_it():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_notebook_goes_on_when_its_log_cannot_be_written(capsys):
+    talkative = "for i in range(40_000): print(i)"  # more than a pipe holds
+    process = subprocess.Popen([sys.executable, "-c", talkative], stdout=subprocess.PIPE, text=True)
+    reproduce._print_and_log(process, Path("/dev/full"), "")
+    assert process.wait(60) == 0 and "the notebook goes on" in capsys.readouterr().out

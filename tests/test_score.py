@@ -468,3 +468,17 @@ def test_the_parts_end_with_their_parent(home, tmp_path):
     for process in alive:
         process.kill()
     assert len(gone) == 2 and not (tmp_path / "p.csv").exists()
+
+
+def test_two_processes_at_one_table_are_refused(home, tmp_path, capfd):
+    held = score._held(tmp_path / "p.csv")
+    assert run("score", home, "--out", tmp_path / "p.csv") == 1
+    assert "found another process at work on it" in capfd.readouterr().err
+    held.close()
+    assert run("score", home, "--out", tmp_path / "p.csv") == score.SOME_FAILED
+
+
+def test_a_gallery_goes_on_without_an_image_that_has_gone(tmp_path):
+    row = dict(path="gone.png", flagged="True", p_value="0.01")
+    text, side = score._item(tmp_path, row)
+    assert "gone.png" in text and side == 64
