@@ -130,11 +130,11 @@ class CADet:
         dtype: str = "float32",
         ties: str = "paper",
     ) -> None:
-        self.views = EvalViews(image_size, crop_scale, flip, seed)
+        self.image_size = checks.at_least(image_size, "image_size", 2)
+        self.views = EvalViews(self.image_size, crop_scale, flip, seed)
         self.encoder = _module(encoder)
         self.n_views = checks.at_least(n_views, "n_views", 2)
         self.crop_scale = float(crop_scale)
-        self.image_size = checks.at_least(image_size, "image_size", 2)
         self.seed = checks.seed(seed)
         self.flip = bool(flip)
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
