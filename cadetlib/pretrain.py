@@ -60,6 +60,7 @@ VISSL_SIMCLR = (
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
 _SETTLED = 5  # epochs, or the warm-up when it is shorter, before a collapse is looked for
 _KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
+_PATIENCE = 60  # seconds that a run waits for another one in its folder to end
 _TOGETHER = 600  # seconds within which all processes must have started
 _GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
 
@@ -654,20 +655,29 @@ def _batches(
 def _alone_in(folder: Path) -> Iterator[None]:
     """A lock on a run's folder, which the system frees however this process ends; ValueError when another process has it.
 
-    Two runs in one folder would remove each other's unfinished checkpoints and write one log.
+    Two runs in one folder would remove each other's unfinished checkpoints and write one log. One that was killed leaves
+    processes behind that decode, for some seconds: so long this one waits.
     """
-    place = os.open(folder, os.O_RDONLY)
+    place, last = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(place)
-        raise ValueError(f"{folder}: found another training at work in it, expected none; wait for it or end it") from error
-    except OSError:  # a file system that knows no locks
-        pass
-    try:
+        while not _locks(place):
+            if time.monotonic() > last:
+                raise ValueError(f"{folder}: found another training at work in it, expected none; wait for it or end it")
+            time.sleep(0.5)
         yield
     finally:
         os.close(place)
+
+
+def _locks(place: int) -> bool:
+    """Whether a lock could be had; so it is where the file system knows none."""
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _holds(file: Path, steps: int) -> bool:

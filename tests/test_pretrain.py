@@ -657,7 +657,8 @@ def test_a_kill_in_an_evaluation_costs_no_checkpoint_and_no_evaluation(tmp_path,
     assert pretrain.train(settings(folder, epochs=4)) == 0 and (folder / pretrain.ENCODER).read_bytes() == first
 
 
-def test_two_trainings_in_one_folder_are_refused(tmp_path):
+def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "_PATIENCE", 1)
     with pretrain._alone_in(tmp_path), pytest.raises(ValueError, match="found another training at work in it"):
         pretrain.train(settings(tmp_path))
     assert pretrain.train(settings(tmp_path, epochs=1)) == 0
