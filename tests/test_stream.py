@@ -222,7 +222,7 @@ def damage(squares, monkeypatch, tmp_path):
     files = data.image_files(tmp_path / "damaged")
     files[3].write_bytes(files[3].read_bytes()[:-60])
     files[20].write_text("no image")
-    monkeypatch.setattr(data, "load", lambda name: replace(squares, folder=tmp_path / "damaged"))
+    monkeypatch.setattr(data, "load", lambda name, **_: replace(squares, folder=tmp_path / "damaged"))
     return [str(files[i].relative_to(tmp_path / "damaged")) for i in (3, 20)]
 
 
