@@ -68,12 +68,18 @@ def test_two_sample_tests_keep_their_level_and_find_the_writers(first_run):
 
 
 def test_more_images_make_the_tests_surer(first_run):
+    """Twice as many images or more: beyond both intervals, whatever the training. With twenty, unseen classes are nearly certain.
+
+    PGD has no such bound: between trainings that differ by the processor's rounding alone, its AUROC at n = 20 lay from 0.82 to 0.89.
+    """
     rows = record.load(FOLDER / "03_small_samples.json")[0]["rows"]
     for test in ("MMD", "MMD-CC"):
         for anomaly in ("digits-7-to-9", "PGD"):
             line = [r for r in rows if (r["test"], r["anomaly"], r["encoder"]) == (test, anomaly, "contrastive")]
-            aurocs = [r["auroc"] for r in sorted(line, key=lambda r: r["n"])]
-            assert aurocs == sorted(aurocs) and aurocs[-1] > 0.75  # of another processor, another training: 0.82 to 0.9
+            line.sort(key=lambda r: r["n"])
+            assert [r["auroc"] for r in line] == sorted(r["auroc"] for r in line)
+            assert all(more["low"] > fewer["high"] for fewer in line for more in line if more["n"] >= 2 * fewer["n"])
+            assert line[-1]["auroc"] > (0.85 if anomaly == "digits-7-to-9" else 0.75)
 
 
 def test_p_values_keep_their_promise(first_run):
