@@ -60,13 +60,13 @@ def _figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options:
         plt.close(figure)
 
 
-def _coloured(things: Iterable[Thing]) -> list[tuple[Thing, str]]:
-    """Each thing with its colour, which comes again after all have been used: nothing is left out of a figure.
+def _coloured(things: Iterable[Thing], first: int = 0) -> list[tuple[Thing, str]]:
+    """Each thing with its colour, from the first on, which come again after all have been used: nothing is left out of a figure.
 
     >>> len(_coloured(range(40)))
     40
     """
-    return list(zip(things, itertools.cycle(COLOURS), strict=False))
+    return list(zip(things, itertools.islice(itertools.cycle(COLOURS), first, None), strict=False))
 
 
 def _luminance(colour: str) -> float:
@@ -181,7 +181,7 @@ def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
         for axes, shift in zip(panels, shifts, strict=True):
             ends = []
-            for k, (test, colour) in enumerate(_coloured([None, *dict.fromkeys(row["test"] for row in trained)])[1:]):
+            for k, (test, colour) in enumerate(_coloured(dict.fromkeys(row["test"] for row in trained), first=1)):
                 line = [row for row in trained if (row["shift"], row["test"]) == (shift, test)]
                 ends.append(_rates_line(axes, line, "-", colour, test, apart=1 + 0.02 * (k - 1.5)))
             for test, dash in (("MMD", "-"), ("MMD-CC", "--")):

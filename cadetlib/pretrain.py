@@ -12,7 +12,6 @@ there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM, 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import io
 import json
@@ -660,24 +659,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """
     place, last = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
     try:
-        while not _locks(place):
+        while not processes.locks(place):
             if time.monotonic() > last:
                 raise ValueError(f"{folder}: found another training at work in it, expected none; wait for it or end it")
             time.sleep(0.5)
         yield
     finally:
         os.close(place)
-
-
-def _locks(place: int) -> bool:
-    """Whether a lock could be had; so it is where the file system knows none."""
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _holds(file: Path, steps: int) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import Mapping
+from typing import IO, Any
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a process to save and leave; Slurm and submitit send the latter two
 # What torchrun tells its workers, or takes as its own options (PET_): left over from elsewhere, it misleads the next launch.
@@ -24,6 +26,25 @@ def without_distributed(environment: Mapping[str, str]) -> dict[str, str]:
     {'HOME': '/home/ada'}
     """
     return {k: v for k, v in environment.items() if k not in _DISTRIBUTED and not k.startswith(_DISTRIBUTED_PREFIXES)}
+
+
+def locks(file: int | IO[Any], shared: bool = False) -> bool:
+    """Whether an open file or folder could be locked; the system frees it when it is closed, or however this process ends.
+
+    False when another process has it. On a file system that knows no locks everyone gets one.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file, open(file.name) as again:
+    ...     locks(file), locks(again)
+    (True, False)
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -570,17 +569,15 @@ def _signals_end_it() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, how: int, what: str) -> Iterator[None]:
+def _locked(path: Path, what: str, shared: bool = False) -> Iterator[None]:
     """Hold a lock, which the system frees however this process ends; ValueError when another one holds it."""
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not processes.locks(file, shared):
             file.seek(0)
             raise ValueError(
                 f"{path.parent}: found another reproduce at work {what} (process {file.read().strip()}), expected none; "
                 "wait for it, end it, or name another folder with --output"
-            ) from error
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -590,11 +587,11 @@ def _locked(path: Path, how: int, what: str) -> Iterator[None]:
 @contextmanager
 def _alone_in(folder: Path, notebook: str = "") -> Iterator[None]:
     """Hold the folder's lock; with `notebook` that one's, and the folder's together with the jobs of other notebooks."""
-    with _locked(folder / ".lock", fcntl.LOCK_SH if notebook else fcntl.LOCK_EX, "here"):
+    with _locked(folder / ".lock", "here", shared=bool(notebook)):
         if not notebook:
             yield
             return
-        with _locked(folder / f".lock-{notebook}", fcntl.LOCK_EX, f"on {notebook}"):
+        with _locked(folder / f".lock-{notebook}", f"on {notebook}"):
             yield
 
 

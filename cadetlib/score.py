@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
-import fcntl
 import hashlib
 import heapq
 import html
@@ -355,13 +354,9 @@ def _held(path: Path) -> IO[bytes]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not processes.locks(file):
         file.close()
-        raise ValueError(f"{path}: found another process at work on it, expected none; wait for it or end it") from error
-    except OSError:  # a file system that knows no locks
-        pass
+        raise ValueError(f"{path}: found another process at work on it, expected none; wait for it or end it")
     return file
 
 

@@ -244,7 +244,7 @@ def attacks_seen(rows: Sequence[Row], encoder: str) -> list[str]:
     for name, own in by_attack.items():
         # Random signs have no victim: where only the victim differs they are those of the common setting.
         seen = {place: attack_study.how_seen(row, signs.get(place, signs[here])) for place, row in own.items()}
-        once = {percent(own[place]): place for place in own}  # the common setting is a value of several factors
+        once = {(row["auroc"], row["low"], row["high"]): place for place, row in own.items()}  # the common one is of many factors
         counts = Counter(seen[place] for place in once.values())
         printed = paper_value("CADet", "contrastive", name)[0]
         paragraph = (

@@ -70,7 +70,7 @@ def test_two_sample_tests_keep_their_level_and_find_the_writers(first_run):
 def test_more_images_make_the_tests_surer(first_run):
     """Twice as many images or more: beyond both intervals, whatever the training. With twenty, unseen classes are nearly certain.
 
-    PGD has no such bound: between trainings that differ by the processor's rounding alone, its AUROC at n = 20 lay from 0.82 to 0.89.
+    For PGD the bound is lower: in trainings that differ by a processor's rounding alone, its AUROC at n = 20 was 0.82 to 0.89.
     """
     rows = record.load(FOLDER / "03_small_samples.json")[0]["rows"]
     for test in ("MMD", "MMD-CC"):
