@@ -168,6 +168,8 @@ def training_steps(batch_size: int, dtype: str = FASTEST) -> tuple[Callable[[], 
     images, noise = torch.rand(batch_size, 3, 32, 32).to(DEVICE), torch.rand(2 * batch_size, 3, 32, 32).to(DEVICE)
     noise = noise.contiguous(memory_format=torch.channels_last)
     numbers, labels = torch.arange(batch_size, device=DEVICE), torch.zeros(batch_size, dtype=torch.int64, device=DEVICE)
+    made = ((pretrain.training_views(views, images, numbers, 0, settings), labels) for _ in itertools.count())
+    batches = pretrain.made_ahead(made, DEVICE)
 
     def update(loss: torch.Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -180,7 +182,7 @@ def training_steps(batch_size: int, dtype: str = FASTEST) -> tuple[Callable[[], 
         update(z.float().square().mean())
 
     def ours() -> None:
-        update(pretrain.training_loss(model, views, images, labels, numbers, 0, settings)[0])
+        update(pretrain.training_loss(model, *next(batches), settings)[0])
 
     return ours, bare
 

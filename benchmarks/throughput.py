@@ -10,6 +10,7 @@ some convolutions need fewer products than are counted. `python -m cadetlib.cost
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -99,29 +100,35 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
     strength, side = settings.jitter_strength, settings.image_size
     views = TrainViews(side, (low, high), settings.flip, settings.jitter, strength, settings.greyscale, settings.blur)
     images, keys = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device)
+    made = ((pretrain.training_views(views, images, keys, 0, settings), keys) for _ in itertools.count())
+    batches = pretrain.made_ahead(made, device)
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
-        pretrain.training_loss(model, views, images, keys, keys, 0, settings)[0].backward()
+        pretrain.training_loss(model, *next(batches), settings)[0].backward()
         optimizer.step()
 
     encoder = (
         encoders.placed(encoders.ResNet(settings.arch, settings.width, settings.stem, side), device).eval().requires_grad_(False)
     )
-    few = max(1, batch // N_VIEWS)
-    detector = CADet(encoder, n_views=N_VIEWS, image_size=side, batch_size=batch, dtype=dtype).fit(images[:2], images[2:8])
+    detector = CADet(encoder, n_views=N_VIEWS, image_size=side, dtype=dtype).fit(images[:2], images[2:8])
     victim = encoders.Classifier(encoder, nn.Linear(encoder.dim, 10).to(device))
+
+    few = images[: max(1, (detector.batch_size if device.type == "cuda" else batch) // N_VIEWS)]  # a GPU's: one forward pass
 
     def attack() -> Tensor:
         with torch.autocast(device.type, embed.DTYPES[dtype], enabled=dtype != "float32"):
             return attacks.pgd(victim, images, keys % 10, n_steps=PGD_STEPS, batch_size=batch)
+
+    def to_features() -> Tensor:
+        return encoder(images[:2])
 
     def to_pixels() -> None:  # an attack's step, as torch can count it
         encoder(images[:2].clone().requires_grad_()).sum().backward()
 
     return {
         "trained": Work(train, 2 * batch, batch, flops(train) / (2 * batch)),
-        "forward": Work(lambda: detector.score_samples(images[:few]), N_VIEWS * few, few, flops(lambda: encoder(images[:2])) / 2),
+        "forward": Work(lambda: detector.score_samples(few), N_VIEWS * len(few), len(few), flops(to_features) / 2),
         "attacked": Work(attack, PGD_STEPS * batch, batch, flops(to_pixels) / 2),
     }
 
@@ -166,6 +173,7 @@ def main() -> None:
     device = encoders.default_device()
     # The peak of what convolutions may use: TF32, unless it is switched off.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.benchmark = True  # as pretraining does
     dtypes = list(dict.fromkeys(("float32", embed.resolved_dtype(embed.AUTO, device))))
     rows = measured(options.scale, dtypes, device, options.seconds)
     first = [row for row in rows if row["scale"] == options.scale[0] and row["dtype"] == dtypes[0]]

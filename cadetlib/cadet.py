@@ -105,7 +105,7 @@ class CADet:
     encoder: any module from images (N, 3, S, S) in [0, 1] to features (N, D); its device is where the work is done.
     n_views, crop_scale: Section 5.1; flip: whether a mirrored image is still the same thing (not so for digits);
     image_size: the side S to which all images are brought (resize, centre crop); seed: of the views; batch_size: views at a
-    time; dtype: "float32", "bfloat16" or "float16" forward passes; ties: see `p_values`.
+    time (None: `embed.views_at_once`); dtype: "float32", "bfloat16" or "float16" forward passes; ties: see `p_values`.
 
     A view depends on (seed, pixels of the image, number of the view) alone: an image's score does not depend on the
     images it is scored with. After `fit`: mu_ (D,), gamma_, calibration_scores_ (n,).
@@ -126,7 +126,7 @@ class CADet:
         image_size: int = 32,
         seed: int = 0,
         flip: bool = True,
-        batch_size: int = 1024,
+        batch_size: int | None = None,
         dtype: str = "float32",
         ties: str = "paper",
     ) -> None:
@@ -137,6 +137,8 @@ class CADet:
         self.crop_scale = float(crop_scale)
         self.seed = checks.seed(seed)
         self.flip = bool(flip)
+        if batch_size is None:
+            batch_size = embed.views_at_once(self.image_size, encoders.device_of(self.encoder))
         self.batch_size = checks.at_least(batch_size, "batch_size", 1)
         self.dtype = checks.one_of(dtype, "dtype", embed.DTYPES)
         self.ties = checks.one_of(ties, "ties", TIES)

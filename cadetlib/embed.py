@@ -24,6 +24,7 @@ from cadetlib.views import EvalViews, resize_to
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"  # bfloat16 where the device multiplies it, else float32
 _FORMAT = "cadetlib.view_sums"
+_GPU_PIXELS = 2**23  # of one forward pass
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -104,6 +105,17 @@ def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "
                 batch = batch.clone()  # an encoder may write into what it is given
             parts.append(encoders.encode(encoder, batch).cpu())
     return torch.cat(parts)
+
+
+def views_at_once(image_size: int, device: torch.device) -> int:
+    """How many views go through an encoder together unless one is told: 1024, on a GPU up to `_GPU_PIXELS` where they are small.
+
+    There a batch of small views is computed faster than it is asked for; a CPU is given pieces in any case (`encoders.encode`).
+
+    >>> views_at_once(224, torch.device("cuda")), views_at_once(32, torch.device("cuda")), views_at_once(32, torch.device("cpu"))
+    (1024, 8192, 1024)
+    """
+    return max(1024, _GPU_PIXELS // image_size**2) if device.type == "cuda" else 1024
 
 
 def _moved(batch: Tensor, device: torch.device) -> Tensor:
@@ -200,16 +212,16 @@ def view_sums(
     grid: Sequence[int] = (50,),
     keys: Tensor | None = None,
     shard: tuple[int, int] = (0, 1),
-    batch_size: int = 1024,
+    batch_size: int | None = None,
     dtype: str = "float32",
     cache: str | Path | None = None,
 ) -> ViewSums:
     """One pass over images (N, 3, H, W): their views are made and encoded on the encoder's device, only sums are kept.
 
     grid: increasing numbers of views, each at least 2; keys (N,): what a view depends on besides seed and number (default: the
-    image's pixels); shard = (i, of): the i-th of `of` consecutive parts of the images; batch_size: views at a time;
-    cache: a folder in which results are kept under a key made of encoder, images, keys, views and grid; a file that is damaged,
-    or of an encoder that does something else with equal weights, is made anew with a warning.
+    image's pixels); shard = (i, of): the i-th of `of` consecutive parts of the images; batch_size: views at a time (None:
+    `views_at_once`); cache: a folder in which results are kept under a key made of encoder, images, keys, views and grid; a file
+    that is damaged, or of an encoder that does something else with equal weights, is made anew with a warning.
 
     >>> images, views = torch.rand(4, 3, 8, 8), EvalViews(image_size=8)
     >>> whole = view_sums(nn.Flatten(), images, views, grid=(2, 10))
@@ -227,6 +239,8 @@ def view_sums(
     index, of = shard
     if not 0 <= index < of:
         raise ValueError(f"shard: found {shard}, expected (i, of) with 0 <= i < of")
+    if batch_size is None:
+        batch_size = views_at_once(views.image_size, encoders.device_of(encoder))
     batch_size = checks.at_least(batch_size, "batch_size", 1)
     keys = None if keys is None else checks.labels(keys, len(x), "keys")
     first, last = len(x) * index // of, len(x) * (index + 1) // of

@@ -71,7 +71,7 @@ def rejection_rates(
     [('MMD', 'far', 1.0), ('MMD-CC', 'far', 1.0)]
     """
     pools = {NO_SHIFT: reference[:0], **others}
-    z = mmd.centred(torch.cat([reference, *others.values()]))
+    z = mmd.centred(torch.cat([reference, *others.values()])).to(encoders.default_device())
     begins = dict(zip(pools, np.cumsum([0, *(len(pool) for pool in pools.values())]).tolist(), strict=False))
     rows = []
     for n in sizes:
@@ -147,7 +147,7 @@ def trained_rejection_rates(
     """
     rows = []
     for shift, other in {NO_SHIFT: reference[:0], **others}.items():
-        pool = torch.cat([reference, other])
+        pool = torch.cat([reference, other]).to(encoders.default_device())
         for n in sizes:
             x, _, y = _draws_of_shift(len(reference), len(other), shift in paired, n, n_samplings, seed)
             for name, settings in tests.items():
@@ -183,14 +183,15 @@ def small_sample_aurocs(
     """
     rows = []
     for name, anomalous in anomalies.items():
-        z = mmd.centred(torch.cat([reference, anomalous]))
+        z = mmd.centred(torch.cat([reference, anomalous])).to(encoders.default_device())
         gram = z @ z.T
         for n in sizes:
             x1, x2, y_in, y_out = _draws_of_anomaly(len(reference), len(anomalous), name in paired, n, n_draws, seed)
             for n_perm in n_perms:
                 normal = mmd.test_draws(gram, x1, x2, y_in, n_perm, seed)
                 odd = mmd.test_draws(gram, x1, x2, y_out, n_perm, seed + 1)
-                for test, p_in, p_out in (("MMD", normal.mmd, odd.mmd), ("MMD-CC", normal.mmd_cc, odd.mmd_cc)):
+                tests = (("MMD", normal.mmd.cpu(), odd.mmd.cpu()), ("MMD-CC", normal.mmd_cc.cpu(), odd.mmd_cc.cpu()))
+                for test, p_in, p_out in tests:
                     low, high = metrics.bootstrap_interval(p_in, p_out, n_boot=200)
                     level = float((p_in <= 0.05).double().mean())
                     rows.append(
@@ -505,7 +506,7 @@ def view_sums_of_sets(
     views: EvalViews,
     grid: Sequence[int],
     cache: str | Path | None = None,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     dtype: str = "float32",
     say: Callable[[str], None] = print,
 ) -> dict[str, embed.ViewSums]:

@@ -397,28 +397,33 @@ def _n_views(settings: Settings) -> int:
     return 2 if settings.objective == "contrastive" else 1
 
 
-def training_loss(
-    model: nn.Module, views: TrainViews, x: Tensor, y: Tensor, keys: Tensor, epoch: int, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """Loss of one batch and the embeddings it came from. x: (b, 3, S, S) float, y: (b,) labels, keys: (b,) image numbers.
+def training_views(views: TrainViews, x: Tensor, keys: Tensor, epoch: int, settings: Settings) -> Tensor:
+    """The views of one batch (V b, 3, S, S), the first of all images, then the second. x: (b, 3, S, S) float, keys: (b,) numbers.
 
-    Of a streamed set, x are the views' crops (b, V, 3, S, S). Summed over processes ("sum") or averaged over them ("mean") it
-    is the loss of the whole batch.
+    Of a streamed set, x are the views' crops (b, V, 3, S, S).
 
-    >>> tiny = Settings(arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=8, head_dim=5)
-    >>> keys = torch.arange(4)
-    >>> loss, z = training_loss(make_model(tiny, 0), TrainViews(8), torch.rand(4, 3, 8, 8), keys, keys, 0, tiny)
-    >>> loss.shape, z.shape  # two views of each image
-    (torch.Size([]), torch.Size([8, 5]))
+    >>> training_views(TrainViews(8), torch.rand(4, 3, 8, 8), torch.arange(4), epoch=0, settings=Settings()).shape
+    torch.Size([8, 3, 8, 8])
     """
     numbers = stream.view_numbers(epoch, _n_views(settings))
     if x.ndim == 5:
         batch = torch.cat([views.after_crop(x[:, i], keys, number) for i, number in enumerate(numbers)])
     else:
         batch = torch.cat([views(x, keys, number) for number in numbers])
-    if in_channels_last(settings, batch.device):
-        batch = batch.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, embed.DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
+    return batch.contiguous(memory_format=torch.channels_last) if in_channels_last(settings, batch.device) else batch
+
+
+def training_loss(model: nn.Module, batch: Tensor, y: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Loss of one batch of `training_views` (V b, 3, S, S) and the embeddings (V b, D) it came from. y: (b,) labels.
+
+    Summed over processes ("sum") or averaged over them ("mean") it is the loss of the whole batch.
+
+    >>> tiny = Settings(arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=8, head_dim=5)
+    >>> loss, z = training_loss(make_model(tiny, 0), torch.rand(8, 3, 8, 8), torch.arange(4), tiny)
+    >>> loss.shape, z.shape
+    (torch.Size([]), torch.Size([8, 5]))
+    """
+    with torch.autocast(batch.device.type, embed.DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
         z = model(batch)
     z = z.float()
     if settings.objective == "supervised":
@@ -560,7 +565,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     last_step = settings.epochs * steps_per_epoch
     end = min(last_step, settings.max_steps or last_step)
     log = _Log(folder / "log.jsonl", step)
-    batches = _batches(images, views, settings, device, step, end)
+    batches = made_ahead(_batches(images, views, settings, device, step, end), device)
 
     def evaluates(step: int) -> bool:
         done, rest = divmod(step, steps_per_epoch)
@@ -580,7 +585,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
         rate = learning_rate(step, steps_per_epoch, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, z = training_loss(parallel, views, *next(batches), epoch, settings)
+        loss, z = training_loss(parallel, *next(batches), settings)
         optimizer.zero_grad(set_to_none=True)
         # Processes average gradients; a loss that is a sum over processes wants their sum.
         of_sum = settings.objective == "contrastive" and settings.reduction == "sum"
@@ -636,8 +641,44 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
 
 def _batches(
     images: data.ImageSet, views: TrainViews, settings: Settings, device: torch.device, first: int, last: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each step first .. last - 1 learns from on this process: views and labels."""
+    per_epoch = len(images) // settings.batch_size
+    for step, (x, y, keys) in enumerate(_shares(images, views, settings, device, first, last), first):
+        yield training_views(views, x, keys, step // per_epoch, settings), y
+
+
+def made_ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches of views and labels; on a GPU each is made in a stream of its own, while the passes of the last one run.
+
+    Making views asks the device for numbers, and so waits for it: in the stream of the passes it would wait for these too, and
+    leave the device idle afterwards.
+
+    >>> x, y = torch.rand(4, 3, 8, 8), torch.arange(2)
+    >>> [len(batch) for batch, _ in made_ahead(iter([(x, y), (x[:2], y)]), torch.device("cpu"))]
+    [4, 2]
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    beside = torch.cuda.Stream(device)
+    while True:
+        # No `with` around a yield: the stream would be the consumer's too.
+        with torch.cuda.stream(beside):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(beside)
+        for tensor in batch:
+            tensor.record_stream(now)  # or its memory would be written again while the passes still read it
+        yield batch
+
+
+def _shares(
+    images: data.ImageSet, views: TrainViews, settings: Settings, device: torch.device, first: int, last: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What each step first .. last - 1 learns from on this process: images or their crops, labels, image numbers."""
+    """For each step its images or their crops, labels, image numbers, on the device."""
     if isinstance(images, data.FolderSet):
         crops = stream.Crops(images, views, _n_views(settings))
         yield from stream.batches(crops, settings.batch_size, settings.seed, first, last, device, settings.workers)
@@ -1094,6 +1135,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--objective", default="contrastive", choices=("contrastive", "supervised"))
     chosen = parser.parse_args(arguments)
     processes.keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # on a GPU: every step has the same shapes, so the fastest convolutions are looked for
     try:
         settings = settings_from(parameters.read_yaml(chosen.params), chosen.objective)
     except (OSError, ValueError) as error:
