@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from throughput import flops, peak
 
-from cadetlib import detectors, embed, encoders, explored, mmd, plots, pretrain, processes, record, widgets
+from cadetlib import ahead, detectors, embed, encoders, explored, mmd, plots, pretrain, processes, record, widgets
 from cadetlib.cadet import CADet, view_similarities
 from cadetlib.views import TrainViews
 
@@ -170,7 +170,7 @@ def training_steps(batch_size: int, dtype: str = FASTEST) -> tuple[Callable[[], 
     noise = noise.contiguous(memory_format=torch.channels_last)
     numbers, labels = torch.arange(batch_size, device=DEVICE), torch.zeros(batch_size, dtype=torch.int64, device=DEVICE)
     made = ((pretrain.training_views(views, images, numbers, 0, settings), labels) for _ in itertools.count())
-    batches = pretrain.made_ahead(made, DEVICE)
+    batches = ahead.made_ahead(made, DEVICE)
 
     def update(loss: torch.Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -190,7 +190,13 @@ def training_steps(batch_size: int, dtype: str = FASTEST) -> tuple[Callable[[], 
 
 def training(batch_size: int = 512 if ON_GPU else 64, dtype: str = FASTEST) -> list[Row]:
     """(d) a step of contrastive pretraining against the same without its views and its loss."""
-    took, floor = medians(*training_steps(batch_size, dtype), repeats=7)
+    steps = 5  # at a time, since a GPU makes a step's views while it works on the one before
+
+    def several(step: Callable[[], None]) -> None:
+        for _ in range(steps):
+            step()
+
+    took, floor = (t / steps for t in medians(*(partial(several, step) for step in training_steps(batch_size, dtype)), repeats=7))
     what = f"contrastive training step, thin ResNet-18 at 32 x 32, batch {batch_size}, {dtype}"
     row = dict(
         what=what, against="bare forward, backward, step", ours=took, other=floor, wanted="at least 0.85 of its throughput"

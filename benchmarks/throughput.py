@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadetlib import attacks, costs, embed, encoders, mmd, pretrain, record
+from cadetlib import ahead, attacks, costs, embed, encoders, mmd, pretrain, record
 from cadetlib.cadet import CADet
 from cadetlib.views import TrainViews
 
@@ -101,7 +101,7 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
     views = TrainViews(side, (low, high), settings.flip, settings.jitter, strength, settings.greyscale, settings.blur)
     images, keys = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device)
     made = ((pretrain.training_views(views, images, keys, 0, settings), keys) for _ in itertools.count())
-    batches = pretrain.made_ahead(made, device)
+    batches = ahead.made_ahead(made, device)
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import checks, encoders
+from cadetlib import ahead, checks, encoders
 from cadetlib.views import EvalViews, resize_to
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -275,19 +275,17 @@ def _cached(path: Path, encoder: nn.Module, mark: Tensor) -> dict[str, Tensor] |
 def _view_sums(
     encoder: nn.Module, x: Tensor, views: EvalViews, grid: tuple[int, ...], keys: Tensor | None, batch_size: int, dtype: str
 ) -> ViewSums:
-    n_views = grid[-1]
-    step = max(1, batch_size // n_views)
-    m_in, means = [], []
+    m_in, means, parts = [], [], []
+
+    def features(some: Tensor) -> Tensor:
+        return encoders.features_of(encoder, some.flatten(0, 1)).view(*some.shape[:2], -1)
+
     with inference(encoder, dtype) as device:
-        for start in range(0, len(x), step):
-            batch = resize_to(_moved(x[start : start + step], device), views.image_size)
-            chosen = None if keys is None else keys[start : start + step]
-            parts = []
-            for first in range(0, n_views, batch_size):
-                with torch.autocast(device.type, enabled=False):  # dtype is of the forward passes, not of the pixels
-                    some = views(batch, min(batch_size, n_views - first), first, chosen)
-                parts.append(encoders.encode(encoder, some.flatten(0, 1)).view(*some.shape[:2], -1))
-            z = torch.cat(parts, dim=1)
+        for part in ahead.results(features, _batches_of_views(x, views, grid[-1], keys, batch_size, device), device):
+            parts.append(part)
+            if sum(part.shape[1] for part in parts) < grid[-1]:
+                continue  # an image's views can be more than a batch
+            z, parts = torch.cat(parts, dim=1), []
             checks.embeddings(z.flatten(0, 1), "encoder's features")
             batch_in, batch_means = sums_of_views(z, grid)
             m_in.append(batch_in.cpu())
@@ -295,6 +293,22 @@ def _view_sums(
     if not m_in:
         raise ValueError("images: found none in this shard, expected at least one; use fewer shards")
     return ViewSums(grid, torch.cat(m_in), torch.cat(means))
+
+
+def _batches_of_views(
+    x: Tensor, views: EvalViews, n_views: int, keys: Tensor | None, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor]]:
+    """Views (n, V, 3, S, S) of the images in order, at most `batch_size` at a time: all of some images, or some of one."""
+    step = max(1, batch_size // n_views)
+    for start in range(0, len(x), step):
+        with torch.autocast(device.type, enabled=False):  # dtype is of the forward passes, not of the pixels
+            images = resize_to(_moved(x[start : start + step], device), views.image_size)
+        chosen = None if keys is None else keys[start : start + step]
+        for first in range(0, n_views, batch_size):
+            with torch.autocast(device.type, enabled=False):
+                some = views(images, min(batch_size, n_views - first), first, chosen)
+            yield (some,)
+            del some  # before the next are made
 
 
 def _cache_key(encoder: nn.Module, x: Tensor, views: EvalViews, grid: Sequence[int], keys: Tensor | None, dtype: str) -> str:

@@ -206,6 +206,15 @@ def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
     Traceback (most recent call last):
     ValueError: encoder: returned (2, 3, 4, 4) for 2 images, expected a tensor (2, D)
     """
+    return checks.finite(features_of(encoder, images, name), f"{name}'s features")
+
+
+def features_of(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
+    """`encode` without its look at the values, for which one waits for the device.
+
+    >>> features_of(nn.Flatten(), torch.rand(2, 3, 4, 4)).shape
+    torch.Size([2, 48])
+    """
     whole = encoder.training or images.device.type != "cpu"
     n_pieces = 1 if whole else math.ceil(len(images) * math.prod(images.shape[2:]) / _CPU_PIXELS)
     parts = []
@@ -216,7 +225,7 @@ def encode(encoder: nn.Module, images: Tensor, name: str = "encoder") -> Tensor:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"{name}: returned {found} for {len(some)} images, expected a tensor ({len(some)}, D)")
         parts.append(features.float())
-    return checks.finite(torch.cat(parts), f"{name}'s features")
+    return torch.cat(parts)
 
 
 def _applied(encoder: nn.Module, images: Tensor, name: str) -> Any:

@@ -89,14 +89,16 @@ def _mmd2(x: Tensor, y: Tensor) -> float:
     return float((total @ total - torch.linalg.vecdot(d, d).sum()) / (n * (n - 1)))
 
 
-def random_splits(n_draws: int, n_perm: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random orders of `size` samples, whose first half is X and second half Y -> (n_draws, n_perm, size) int64.
+def random_splits(n_draws: int, n_perm: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Random orders of `size` samples, whose first half is X and second half Y -> (n_draws, n_perm, size) int64 on `device`.
+
+    The same on every device: drawn on the CPU, sorted where they are needed, equal numbers in the order in which they came.
 
     >>> splits = random_splits(1, 500, 6, torch.Generator().manual_seed(0))
     >>> splits.shape, splits[0, 0].sort().values.tolist()
     (torch.Size([1, 500, 6]), [0, 1, 2, 3, 4, 5])
     """
-    return torch.rand(n_draws, n_perm, size, generator=generator).argsort(dim=-1)
+    return torch.rand(n_draws, n_perm, size, generator=generator).to(device).argsort(dim=-1, stable=True)
 
 
 def split_statistics(gram: Tensor, splits: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def _split_sums(z: Tensor, signs: Tensor, partner: Tensor, max_bytes: int) -> Te
 def _null(z: Tensor, trace: float, n_perm: int, seed: int, max_bytes: int) -> Tensor:
     """Eq. 4 for `n_perm` random splits of the rows of z (2n, D) -> (n_perm,) float64."""
     n = len(z) // 2
-    splits = random_splits(1, n_perm, 2 * n, torch.Generator().manual_seed(checks.seed(seed)))[0].to(z.device)
+    splits = random_splits(1, n_perm, 2 * n, torch.Generator().manual_seed(checks.seed(seed)), z.device)[0]
     return (_split_sums(z, *_signs_and_partners(splits, z.dtype), max_bytes) - trace) / (n * (n - 1))
 
 
@@ -241,7 +243,7 @@ def test_shifts(z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm:
     generator = torch.Generator().manual_seed(checks.seed(seed))
     found = torch.empty(len(ys), 3, len(x1), dtype=torch.float64)
     for b, (a, clean) in enumerate(zip(x1, x2, strict=True)):
-        splits = random_splits(1, n_perm, 2 * n, generator)[0].to(z.device)
+        splits = random_splits(1, n_perm, 2 * n, generator, z.device)[0]
         signs = _signs_and_partners(splits, z.dtype)[0]
         pairs = splits[:, :n] * (2 * n) + splits[:, n:]  # where k(X_i, Y_i) stand in K, row after row
         without = _Pool.of(z[torch.cat([a, clean])], signs, pairs)
@@ -303,7 +305,7 @@ def test_draws(
     generator = torch.Generator().manual_seed(checks.seed(seed))
     parts = []
     for some in torch.arange(len(x1)).split(_SHARING):
-        splits = random_splits(1, n_perm, 2 * n, generator)[0].to(gram.device)
+        splits = random_splits(1, n_perm, 2 * n, generator, gram.device)[0]
         a, b, c = (index[some] for index in (x1, x2, y))
         statistic, mmd = _tests_of_pairs(gram, a, c, None, splits, max_bytes)
         _, mmd_cc = _tests_of_pairs(gram, a, b, statistic, splits, max_bytes)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cadetlib import checks, data, embed, encoders, imagenet, losses, parameters, probe, processes, record, stream
+from cadetlib import ahead, checks, data, embed, encoders, imagenet, losses, parameters, probe, processes, record, stream
 from cadetlib.views import TrainViews
 
 PREEMPTED = 75  # EX_TEMPFAIL: saved; start me again
@@ -406,10 +406,7 @@ def training_views(views: TrainViews, x: Tensor, keys: Tensor, epoch: int, setti
     torch.Size([8, 3, 8, 8])
     """
     numbers = stream.view_numbers(epoch, _n_views(settings))
-    if x.ndim == 5:
-        batch = torch.cat([views.after_crop(x[:, i], keys, number) for i, number in enumerate(numbers)])
-    else:
-        batch = torch.cat([views(x, keys, number) for number in numbers])
+    batch = views.after_crop(x, keys, numbers) if x.ndim == 5 else views(x, keys, numbers)
     return batch.contiguous(memory_format=torch.channels_last) if in_channels_last(settings, batch.device) else batch
 
 
@@ -565,7 +562,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     last_step = settings.epochs * steps_per_epoch
     end = min(last_step, settings.max_steps or last_step)
     log = _Log(folder / "log.jsonl", step)
-    batches = made_ahead(_batches(images, views, settings, device, step, end), device)
+    batches = ahead.made_ahead(_batches(images, views, settings, device, step, end), device)
 
     def evaluates(step: int) -> bool:
         done, rest = divmod(step, steps_per_epoch)
@@ -646,33 +643,6 @@ def _batches(
     per_epoch = len(images) // settings.batch_size
     for step, (x, y, keys) in enumerate(_shares(images, views, settings, device, first, last), first):
         yield training_views(views, x, keys, step // per_epoch, settings), y
-
-
-def made_ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches of views and labels; on a GPU each is made in a stream of its own, while the passes of the last one run.
-
-    Making views asks the device for numbers, and so waits for it: in the stream of the passes it would wait for these too, and
-    leave the device idle afterwards.
-
-    >>> x, y = torch.rand(4, 3, 8, 8), torch.arange(2)
-    >>> [len(batch) for batch, _ in made_ahead(iter([(x, y), (x[:2], y)]), torch.device("cpu"))]
-    [4, 2]
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    beside = torch.cuda.Stream(device)
-    while True:
-        # No `with` around a yield: the stream would be the consumer's too.
-        with torch.cuda.stream(beside):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        now = torch.cuda.current_stream(device)
-        now.wait_stream(beside)
-        for tensor in batch:
-            tensor.record_stream(now)  # or its memory would be written again while the passes still read it
-        yield batch
 
 
 def _shares(

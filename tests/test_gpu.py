@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from cadetlib import embed, encoders, mmd, pretrain
+from cadetlib import ahead, embed, encoders, mmd, pretrain
 from cadetlib.cadet import CADet
 from cadetlib.views import EvalViews, TrainViews
 
@@ -60,9 +60,9 @@ def test_views_made_ahead_are_those_made_in_turn() -> None:
     def made(n: int) -> Tensor:
         return pretrain.training_views(views, x, keys, n, settings)
 
-    ahead = pretrain.made_ahead(((made(n), keys) for n in itertools.count()), device)
+    batches = ahead.made_ahead(((made(n), keys) for n in itertools.count()), device)
     sums = []
-    for _, (batch, _) in zip(range(30), ahead, strict=False):
+    for _, (batch, _) in zip(range(30), batches, strict=False):
         product = torch.stack([(a @ a)[0, 0] for _ in range(5)]).sum()  # what keeps this stream busy
         sums.append((batch * 1000).round().double().sum() + 0 * product)
         del batch

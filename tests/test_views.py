@@ -169,7 +169,7 @@ def test_blur_is_torchvisions(size, radius):
 def test_a_training_view_is_crop_flip_jitter_grey_blur(flip, greyscale, calls):
     x, size = images(8, 40), 40
     out = TrainViews(size, flip=flip, jitter=1.0, greyscale=greyscale, blur=1.0)(x, torch.arange(8), view=5)
-    boxes = calls["crop_boxes"][0][1].tolist()
+    boxes = calls["crop_boxes"][0][1][:, 0].tolist()
     (_, order, factors), _ = calls["colour_jitter"][0]
     sigma, radius, _ = calls["blur_matrices"][0][0]
     assert radius == 2  # a tenth of the image and no even number: SimCLRv2's
@@ -180,6 +180,15 @@ def test_a_training_view_is_crop_flip_jitter_grey_blur(flip, greyscale, calls):
         step = tv.rgb_to_grayscale(step, 3) if greyscale else step
         step = tv.gaussian_blur(step, [5, 5], [float(sigma[i])] * 2)
         torch.testing.assert_close(out[i], step, rtol=0, atol=LUMA)
+
+
+def test_several_training_views_at_once_are_each_of_them_in_turn():
+    x, keys, make = images(6, 40), torch.arange(20, 26), TrainViews(40)
+    each = torch.cat([make(x, keys, number) for number in (7, 4, 9)])
+    torch.testing.assert_close(make(x, keys, [7, 4, 9]), each, rtol=0, atol=1e-5)
+    crops = images(18, 40, seed=1).view(6, 3, 3, 40, 40)
+    each = torch.cat([make.after_crop(crops[:, i], keys, number) for i, number in enumerate((7, 4, 9))])
+    torch.testing.assert_close(make.after_crop(crops, keys, [7, 4, 9]), each, rtol=0, atol=1e-5)
 
 
 def test_training_views_draw_what_simclrv2_draws(calls):
