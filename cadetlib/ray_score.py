@@ -398,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--actors", type=int, default=0, help="that score; default: one a GPU, or half of the CPUs")
     parser.add_argument("--gpus-per-actor", type=float, help="default: 1, or 0 on a cluster without GPUs")
     parser.add_argument("--address", default="", help="of the Ray cluster, such as auto; default: a new one on this machine")
-    parser.add_argument("--batch-size", type=int, default=1024, help="views at a time")
+    parser.add_argument("--batch-size", type=int, help="views at a time (as it was fitted)")
     parser.add_argument("--images-per-file", type=int, default=512, help="images in a task and a Parquet file, about")
     return parser
 

@@ -944,7 +944,8 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--part", default="", help="I/N: score this part alone, for machines that share a file system")
     several.add_argument("--merge", type=_count, default=0, help="score nothing: make one table of N parts that are all there")
     for command in (fit, score):
-        command.add_argument("--batch-size", type=int, default=1024, help="views at a time")
+        told = "1024, on a GPU more of small ones" if command is fit else "as it was fitted"
+        command.add_argument("--batch-size", type=int, help=f"views at a time ({told})")
         command.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that read images")
         command.add_argument("--device", default="", help="cpu, cuda, ...; default: the GPU when there is one")
     return parser
