@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import doctest
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import cadetlib
+from cadetlib import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(Path(cadetlib.__file__).parent.glob("*.py"))
@@ -174,3 +176,19 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
 def cell(row):
     """A row's AUROC as the README writes it."""
     return f"{100 * row['auroc']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+
+def test_the_readmes_hours_are_those_of_the_measured_rates():
+    """The cost sheet's column of hours, against the profile's passes over what was measured on an H100."""
+    measured = json.loads((ROOT / "outputs" / "reference" / "throughput.json").read_text())
+    sheet = costs.sheet(costs.of_profile("imagenet"), measured["rates"])["hours"]
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (0[1-5][^|]*?)(?:, \d+ epochs)? \|[^|]*\|[^|]*\| (?:at most )?([\d.,]+) \|", readme, re.MULTILINE)
+    told = {name: float(hours.replace(",", "")) for name, hours in rows}
+    assert len(told) == len(sheet) == 11
+    for name, hours in told.items():
+        (found,) = (value for what, value in sheet.items() if what.startswith(name))
+        assert hours == pytest.approx(found, rel=0.03, abs=0.005), name
+    for kind in ("1,174 images/s", "143 images/s", "2,093 steps/s"):
+        assert kind in readme
+    assert [round(row["images_per_second"]) for row in measured["rows"][:2]] == [1174, 143]
