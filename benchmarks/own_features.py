@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadetlib import attack_study, comparison, data, encoders, experiments, parameters, record
+from cadetlib import attack_study, comparison, data, embed, encoders, experiments, parameters, record
 from cadetlib.experiments import IN_DISTRIBUTION, Row
 from cadetlib.views import EvalViews
 
@@ -48,7 +48,8 @@ def rows_at(
 ) -> Iterator[Row]:
     """AUROC of the score, of m_in and of m_out against each set, with views of one area and each number of the grid."""
     views = EvalViews(given["image_size"], scale, given["flip"], given["seed"])
-    sums = experiments.view_sums_of_sets(encoder, sets, views, grid, say=lambda _: None)
+    dtype = embed.resolved_dtype(given["dtype"])
+    sums = experiments.view_sums_of_sets(encoder, sets, views, grid, dtype=dtype, say=lambda _: None)
     n = len(sets[IN_DISTRIBUTION])
     divisions = experiments.splits(n, given["n_splits"], given["n_reference"], given["n_calibration"], seed=given["seed"])
     ask = experiments.Asker(sums, paired, divisions)
