@@ -69,8 +69,7 @@ def main() -> None:
             for scale in options.scales:
                 rows += rows_at(encoder, sets, paired, scale, [options.n_views], given, **about)
     write(options.out, given, rows, trained=list(settings.values()))
-    at = [row for row in rows if row["crop_scale"] == options.scales[0]]
-    options.out.with_suffix(".png").write_bytes(plots.png(plots.attack_study(attack_study.of_training(at))))
+    options.out.with_suffix(".png").write_bytes(plots.png(plots.attack_study(attack_study.of_training(rows))))
 
 
 if __name__ == "__main__":

@@ -130,17 +130,24 @@ def how_seen(row: Mapping[str, Any], control: Mapping[str, Any]) -> str:
 
 
 def of_training(rows: Sequence[Row]) -> list[Row]:
-    """Rows with `width` and `epoch` as a study's: each width's epochs, then the widths, all trained to their ends.
+    """Rows with `width` and `epoch` as a study's: each width's epochs, then the widths, all trained to their ends, if several.
+
+    When views of several areas were tried (`crop_scale`), these are of the first, and the areas follow, trained to the end.
 
     >>> rows = [dict(width=width, epoch=epoch) for width in (16, 32) for epoch in (0, 26)]
     >>> [(row["factor"], row["value"]) for row in of_training(rows)][2:5]
     [('epochs, at width 32', 0), ('epochs, at width 32', 26), ('width, trained to the end', 16)]
     """
-    widths = list(dict.fromkeys(row["width"] for row in rows))
+    widths, areas = (list(dict.fromkeys(row.get(key) for row in rows)) for key in ("width", "crop_scale"))
     last = {width: max(row["epoch"] for row in rows if row["width"] == width) for width in widths}
-    by_epoch = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in rows]
     ends = [row for row in rows if row["epoch"] == last[row["width"]]]
-    return by_epoch + [row | dict(factor="width, trained to the end", value=row["width"]) for row in ends]
+    of_one = [row for row in rows if row.get("crop_scale") == areas[0]]
+    made = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in of_one]
+    if len(widths) > 1:
+        made += [row | dict(factor="width, trained to the end", value=row["width"]) for row in ends if row in of_one]
+    if len(areas) > 1:
+        made += [row | dict(factor=f"area, width {row['width']}, trained to the end", value=row["crop_scale"]) for row in ends]
+    return made
 
 
 def kept(profile: str) -> list[Row]:

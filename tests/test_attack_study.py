@@ -70,6 +70,16 @@ def test_a_change_of_no_size_is_refused(eps):
         attack_study.random_signs(torch.rand(1, 3, 4, 4), eps)
 
 
+def test_areas_of_a_view_stand_apart_from_epochs():
+    rows = [dict(width=64, epoch=epoch, crop_scale=scale) for epoch in (0, 150) for scale in (0.75, 0.9)]
+    assert [(r["factor"], r["value"], r["crop_scale"]) for r in attack_study.of_training(rows)] == [
+        ("epochs, at width 64", 0, 0.75),
+        ("epochs, at width 64", 150, 0.75),
+        ("area, width 64, trained to the end", 0.75, 0.75),
+        ("area, width 64, trained to the end", 0.9, 0.9),
+    ]
+
+
 def test_what_benchmarks_measured_is_told_with_its_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("CADET_ROOT", str(tmp_path))
     folder = tmp_path / "outputs" / "reference" / "some"

@@ -123,6 +123,28 @@ def test_the_readmes_table_of_the_training_curve_is_what_was_kept():
         assert " | ".join(["", OF_CIFAR.get(name, name), *(cell(found[key]) for key in asked), ""]).strip() in page
 
 
+def test_what_the_readme_says_of_the_gpus_encoder_is_what_was_kept():
+    page, rows = (ROOT / "README.md").read_text(), {}
+    for profile, label in {"cifar10-cpu": "width 32, 40 epochs", "cifar10": "width 64, 150 epochs"}.items():
+        kept = json.loads((ROOT / "outputs" / "reference" / profile / "04_cadet_tables.json").read_text())["results"]["rows"]
+        rows = {row["anomaly"]: row for row in kept if (row["detector"], row["encoder"]) == ("CADet", "contrastive")}
+        shown = [*OF_CIFAR, "flowers64", "FGSM", "PGD", "CW-L2", "CW-Linf"]
+        assert " | ".join(["", label, *(cell(rows[name]) for name in shown), ""]).strip() in page
+    best = {name: max(row["auroc"] for row in kept if row["anomaly"] == name) for name in rows}
+    told = [f"{100 * best[name]:.0f}" for name in ("cifar100-first2000", "flowers64", "PGD")]
+    assert "the best have {} and {} on CIFAR-100 and flowers and {} on PGD".format(*told) in page
+    assert best["FGSM"] == rows["FGSM"]["auroc"]
+
+    curve = json.loads((ROOT / "outputs" / "reference" / "cifar10" / "training_curve.json").read_text())
+    assert not curve["commit"]["dirty"] and {row["n_views"] for row in curve["rows"]} == {10}
+    for name in ATTACKS:
+        found = [row for row in curve["rows"] if (row["anomaly"], row["epoch"]) == (name, 150)]
+        assert [row["crop_scale"] for row in found] == [0.75, 0.9, 0.97]
+        assert " | ".join(["", f"width 64, 150 epochs: {name}", *map(cell, found), ""]).strip() in page
+    untrained = [round(100 * row["auroc"]) for row in curve["rows"] if row["epoch"] == 0]
+    assert f"the untrained network has {min(untrained)} to {max(untrained)} everywhere" in page
+
+
 def test_the_readmes_first_table_is_what_was_kept():
     """Each number stands behind its row's name: the digits' after the first, CIFAR-10's after the second."""
     page = (ROOT / "README.md").read_text()
