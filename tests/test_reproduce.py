@@ -347,6 +347,8 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(checkout, write_noteboo
     assert sorted(p.name for p in folder.glob("*.json")) == ["00_a.json"]
 
     file.unlink()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when the tests were begun in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     interrupt = threading.Thread(target=lambda: (at_work(), os.kill(os.getpid(), signal.SIGINT)))
     interrupt.start()
     with pytest.raises(SystemExit) as end:
