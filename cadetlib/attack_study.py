@@ -141,10 +141,13 @@ def of_training(rows: Sequence[Row]) -> list[Row]:
     widths, areas = (list(dict.fromkeys(row.get(key) for row in rows)) for key in ("width", "crop_scale"))
     last = {width: max(row["epoch"] for row in rows if row["width"] == width) for width in widths}
     ends = [row for row in rows if row["epoch"] == last[row["width"]]]
-    of_one = [row for row in rows if row.get("crop_scale") == areas[0]]
-    made = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in of_one]
+
+    def of_first_area(some: Sequence[Row]) -> list[Row]:
+        return [row for row in some if row.get("crop_scale") == areas[0]]
+
+    made = [row | dict(factor=f"epochs, at width {row['width']}", value=row["epoch"]) for row in of_first_area(rows)]
     if len(widths) > 1:
-        made += [row | dict(factor="width, trained to the end", value=row["width"]) for row in ends if row in of_one]
+        made += [row | dict(factor="width, trained to the end", value=row["width"]) for row in of_first_area(ends)]
     if len(areas) > 1:
         made += [row | dict(factor=f"area, width {row['width']}, trained to the end", value=row["crop_scale"]) for row in ends]
     return made
