@@ -35,8 +35,8 @@ def uniform(seed: int, keys: Tensor, streams: Tensor, n: int) -> Tensor:
     True
     """
     device = keys.device
-    h = _mix(torch.tensor(checks.seed(seed), dtype=torch.int64, device=device) + _GOLDEN)
-    h = _mix((h ^ keys.long()) + _GOLDEN)[:, None]
+    start = int(_mix(torch.tensor(checks.seed(seed), dtype=torch.int64) + _GOLDEN))
+    h = _mix((keys.long() ^ start) + _GOLDEN)[:, None]
     h = _mix((h ^ streams.to(device).long()) + _GOLDEN)[..., None]
     h = _mix(h + _GOLDEN * torch.arange(1, n + 1, device=device))
     return _shift_right(h, 40).float() * 2.0**-24

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from cadetlib import checks, rng
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as PIL and torchvision
+_HUE = 3  # of the four steps of a colour jitter
 _TRIES = 10  # torchvision's number of draws before it falls back to a centre crop
 
 
@@ -154,8 +155,8 @@ def grey(images: Tensor) -> Tensor:
     >>> grey(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).flatten()
     tensor([0.2990])
     """
-    weights = torch.tensor(_GREY, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    return (images * weights).sum(dim=-3, keepdim=True)
+    red, green, blue = images.unbind(-3)
+    return (_GREY[0] * red).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2]).unsqueeze(-3)
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -168,40 +169,48 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     value, lowest = images.amax(dim=1), images.amin(dim=1)
     chroma = value - lowest
-    divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    divisor = chroma.masked_fill(chroma == 0, 1)
     sector = torch.where(
         value == red,
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    hue = 6 * ((sector / 6 + shift[:, None, None]) % 1.0)
     # f(n) = value - chroma * max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6 and n = 5, 3, 1: HSV back to RGB in closed form.
-    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + hue[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(torch.minimum(k, 4 - k), torch.ones_like(k)).clamp(min=0)
+    n = torch.arange(5, 0, -2, device=images.device).view(1, 3, 1, 1)
+    k = (n + (sector + 6 * shift[:, None, None])[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+def colour_jitter(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor | None = None) -> Tensor:
     """Brightness, contrast, saturation and hue, each image in its own order.
 
-    images (N, 3, H, W); order (N, 4): a permutation of 0..3; factors (N, 4): three multipliers and a hue shift in turns.
-    The first three blend the image with black, its mean luma or its luma, and differ in nothing else.
+    images (N, 3, H, W); order (N, 4): a permutation of 0..3; factors (N, 4): three multipliers and a hue shift in turns;
+    chosen (N,) bool: the others stay as they are (None: all are chosen).
 
     >>> image, order = torch.tensor([0.4, 0.2, 0.0]).view(1, 3, 1, 1), torch.tensor([[0, 1, 2, 3]])
     >>> colour_jitter(image, order, torch.tensor([[2.0, 1.0, 1.0, 0.0]])).flatten().round(decimals=4).abs()  # twice as bright
     tensor([0.8000, 0.4000, 0.0000])
     """
-    for step in range(4):
-        which = order[:, step]
-        factor = factors.gather(1, which[:, None])[:, 0]
-        luma = grey(images)
-        target = torch.where((which == 1).view(-1, 1, 1, 1), luma.mean(dim=(2, 3), keepdim=True), luma)
-        target = torch.where((which == 0).view(-1, 1, 1, 1), torch.zeros_like(target), target)
-        blended = torch.lerp(target.expand_as(images), images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
-        hued = torch.nonzero(which == 3)[:, 0]
-        if len(hued):
-            blended[hued] = shift_hue(images[hued], factor[hued])
-        images = blended
-    return images
+    # Sorted by the place of its hue in their order, the images that do a step before their hue lie side by side, and so do those
+    # that do it after: the hue is turned once, for all, and a GPU is waited for once, to hear how many there are of each.
+    place = (order == _HUE).int().argmax(dim=1)
+    place, by = (place if chosen is None else place.masked_fill(~chosen, -1)).sort()
+    first = torch.searchsorted(place, torch.arange(4, device=place.device)).tolist()  # how many have it before place 0, 1, 2, 3
+    out, order, factors = images[by], order[by], factors[by]
+    for step in (0, 1, 2):
+        _blend(out[first[step + 1] :], order[first[step + 1] :, step], factors[first[step + 1] :])
+    out[first[0] :] = shift_hue(out[first[0] :], factors[first[0] :, _HUE])
+    for step in (1, 2, 3):
+        _blend(out[first[0] : first[step]], order[first[0] : first[step], step], factors[first[0] : first[step]])
+    return torch.empty_like(out).index_copy_(0, by, out)
+
+
+def _blend(images: Tensor, which: Tensor, factors: Tensor) -> None:
+    """Brightness, contrast or saturation (`which` is 0, 1 or 2), in place: a blend with black, the mean luma or the luma."""
+    factor, which = factors.gather(1, which[:, None]).view(-1, 1, 1, 1), which.view(-1, 1, 1, 1)
+    luma = grey(images)
+    target = torch.where(which == 1, luma.mean(dim=(2, 3), keepdim=True), luma).masked_fill_(which == 0, 0)
+    images.copy_(torch.lerp(target.expand_as(images), images, factor).clamp_(0, 1))
 
 
 def blur_matrices(sigma: Tensor, radius: int, size: int) -> Tensor:
@@ -280,19 +289,18 @@ class TrainViews:
         """Colour jitter, greyscale and blur; writes into `out` (N, 3, S, S)."""
         n, size = len(out), self.image_size
         if self.jitter > 0:
-            strength = self.jitter_strength * torch.tensor([0.8, 0.8, 0.8, 0.2], device=out.device)
-            centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=out.device)
-            low = torch.where(centre > 0, (centre - strength).clamp(min=0), -strength)
-            factors = low + draws[:, 2:6] * (centre + strength - low)
-            chosen = torch.nonzero(draws[:, 1] < self.jitter)[:, 0]
-            out[chosen] = colour_jitter(out[chosen], draws[chosen, 6:10].argsort(dim=1), factors[chosen])
+            strength = 0.8 * self.jitter_strength
+            low, high = max(0.0, 1 - strength), 1 + strength
+            hue = (2 * draws[:, 5:6] - 1) * (0.2 * self.jitter_strength)
+            factors = torch.cat([low + (high - low) * draws[:, 2:5], hue], dim=1)
+            out = colour_jitter(out, draws[:, 6:10].argsort(dim=1), factors, draws[:, 1] < self.jitter)
         if self.greyscale > 0:
             out = torch.where((draws[:, 10] < self.greyscale).view(n, 1, 1, 1), grey(out), out)
         if self.blur > 0:
             sigma = torch.where(draws[:, 11] < self.blur, 0.1 + 1.9 * draws[:, 12], 0.0)
             matrix = blur_matrices(sigma, max(1, size // 20), size)[:, None]
             out = resample(out, matrix, matrix)[:, 0]
-        return out.clamp(0, 1)
+        return out.clamp_(0, 1)
 
 
 def _numbers(view: int | Sequence[int]) -> Sequence[int]:

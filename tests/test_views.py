@@ -143,6 +143,10 @@ def test_colour_jitter_is_torchvisions_in_any_order(seed, strength):
     found = views.colour_jitter(x, order, factors)
     expected = torch.stack([torchvision_jitter(*each) for each in zip(x, order, factors, strict=True)])
     torch.testing.assert_close(found, expected, rtol=0, atol=LUMA)
+    chosen = torch.rand(6, generator=generator) < seed % 3 / 2  # none, some, all
+    found = views.colour_jitter(x, order, factors, chosen)
+    torch.testing.assert_close(found[chosen], expected[chosen], rtol=0, atol=LUMA)
+    assert torch.equal(found[~chosen], x[~chosen])
 
 
 @settings(deadline=None, max_examples=25)
@@ -170,7 +174,7 @@ def test_a_training_view_is_crop_flip_jitter_grey_blur(flip, greyscale, calls):
     x, size = images(8, 40), 40
     out = TrainViews(size, flip=flip, jitter=1.0, greyscale=greyscale, blur=1.0)(x, torch.arange(8), view=5)
     boxes = calls["crop_boxes"][0][1][:, 0].tolist()
-    (_, order, factors), _ = calls["colour_jitter"][0]
+    (_, order, factors, _), _ = calls["colour_jitter"][0]
     sigma, radius, _ = calls["blur_matrices"][0][0]
     assert radius == 2  # a tenth of the image and no even number: SimCLRv2's
     for i in range(8):
@@ -197,8 +201,8 @@ def test_training_views_draw_what_simclrv2_draws(calls):
     x = images(1, 8).expand(n, -1, -1, -1)
     out = TrainViews(8, crop_scale=(0.5, 1.0))(x, torch.arange(n), view=1)
     assert out.min() >= 0 and out.max() <= 1
-    (chosen, order, factors), _ = calls["colour_jitter"][0]
-    assert stats.binomtest(len(chosen), n, 0.8).pvalue > 0.001
+    (_, order, factors, chosen), _ = calls["colour_jitter"][0]
+    assert stats.binomtest(int(chosen.sum()), n, 0.8).pvalue > 0.001
     for which, (low, high) in enumerate([(0.2, 1.8), (0.2, 1.8), (0.2, 1.8), (-0.2, 0.2)]):
         assert stats.kstest(factors[:, which], "uniform", args=(low, high - low)).pvalue > 0.001
     assert stats.chisquare(order.unique(dim=0, return_counts=True)[1]).pvalue > 0.001
