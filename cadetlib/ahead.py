@@ -26,6 +26,7 @@ def made_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         yield from batches
         return
     beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))  # what batches are made from may still be on its way
     while True:
         with torch.cuda.stream(beside):  # not around the yield: the stream would be the consumer's too
             batch = next(batches, None)

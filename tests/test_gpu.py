@@ -71,6 +71,19 @@ def test_views_made_ahead_are_those_made_in_turn() -> None:
     assert len({float(value) for value in sums}) == 30
 
 
+def test_views_are_made_of_images_that_are_still_being_made() -> None:
+    """Such as an attack's: what is queued before the call comes before the views, though they have a stream of their own."""
+    views, device = EvalViews(32), torch.device("cuda", torch.cuda.current_device())
+    a, pixels = torch.randn(8192, 8192, device=device), images(64).cuda().float() / 255
+    expected = embed.view_sums(nn.Flatten().to(device), pixels, views, grid=(4,)).m_in
+    torch.cuda.synchronize()
+    late = torch.zeros_like(pixels)
+    for _ in range(20):
+        a = a @ a / 100
+    late += pixels + 0 * a[0, 0].nan_to_num(0, 0, 0)
+    assert torch.equal(embed.view_sums(nn.Flatten().to(device), late, views, grid=(4,)).m_in, expected)
+
+
 @pytest.mark.usefixtures("without_tf32")
 def test_scores_are_the_cpus_and_do_not_depend_on_the_batch() -> None:
     net, reference, calibration, asked = encoder(), images(30, 1), images(60, 2), images(40, 3)
