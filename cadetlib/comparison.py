@@ -78,7 +78,8 @@ class Field:
         """AUROC on images that the victim got right against attacks that then fooled it, as Hu et al.'s program counts them.
 
         `auroc_successful`, its `low_` and `high_`, and the images on either side; nothing where there is no attack, or where a
-        split has fewer than two such images of a kind.
+        split has fewer than two such images of a kind. Not every image has its attack here, so the interval draws them apart, and
+        is wider than it need be.
         """
         if anomaly not in self.successful:
             return {}
@@ -147,11 +148,12 @@ def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs
     rows = []
     for anomaly in (name for name in scores if name != IN_DISTRIBUTION):
         pairs = field.pairs(scores, anomaly)
-        row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | experiments.summary(pairs) | about
+        paired = field.paired[anomaly]
+        row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | experiments.summary(pairs, paired) | about
         row |= field.of_successful(pairs, anomaly)
         if anomaly in cadet_pairs and (system, encoder) != CADET:
-            theirs = [scored[: len(own)] for own, scored in zip(pairs[0], cadet_pairs[anomaly], strict=True)]
-            test = metrics.delong_test(*pairs[0], *theirs)
+            (normal, odd), theirs = pairs[0], cadet_pairs[anomaly]
+            test = metrics.delong_test(normal, odd, theirs[0][: len(normal)], theirs[1][: len(odd)], paired)
             row |= dict(difference=test.difference, p_difference=test.p_value)
         rows.append(row)
     return rows
@@ -196,10 +198,11 @@ def cadet_rows(
     seconds = seconds_per_image(detector.view_sums, field.sets[IN_DISTRIBUTION])
     rows = []
     for anomaly, found in pairs.items():
-        row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | experiments.summary(found)
+        paired = field.paired[anomaly]
+        row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | experiments.summary(found, paired)
         row |= field.of_successful(found, anomaly)
         if ("CADet", encoder) != CADET and anomaly in cadet_pairs:
-            test = metrics.delong_test(*found[0], *cadet_pairs[anomaly])
+            test = metrics.delong_test(*found[0], *cadet_pairs[anomaly], paired=paired)
             row |= dict(difference=test.difference, p_difference=test.p_value)
         rows.append(row | dict(tuned=False, seconds=seconds, forwards=float(detector.n_views)))
     return rows, pairs

@@ -458,15 +458,17 @@ def weighted(factor: float) -> Callable[[cadet.CADet, embed.ViewSums], Tensor]:
     return score
 
 
-def summary(pairs: Sequence[Pair], n_boot: int = 500) -> Row:
+def summary(pairs: Sequence[Pair], paired: bool = False, n_boot: int = 500) -> Row:
     """AUROC, AUPR (anomalies positive) and FPR at 95 % TPR, each the mean over splits, with the AUROC's interval and spread.
+
+    paired: whether anomaly i of a split was made from its test image i, and is drawn with it for the interval.
 
     >>> normal = torch.tensor([3.0, 2.0])
     >>> row = summary([(normal, torch.tensor([1.0, 0.0])), (normal, torch.tensor([4.0, 0.0]))])
     >>> row["auroc"], row["splits"], row["n_in"], row["n_out"]
     (0.75, [1.0, 0.5], 2, 2)
     """
-    interval = metrics.splits_interval(pairs, n_boot=n_boot)
+    interval = metrics.splits_interval(pairs, n_boot=n_boot, paired=paired)
     return dict(
         auroc=interval.mean,
         low=interval.low,
@@ -747,7 +749,7 @@ class Asker:
             raise ValueError(f"n_reference: found {n_reference}, expected at most {fewest}, the reference images of a split")
         divisions = [replace(d, reference=d.reference[: n_reference or len(d.reference)]) for d in self.divisions]
         pairs = pairs_of_splits(held_out, self.sums[anomaly], self.paired[anomaly], divisions, n_views, score)
-        return {"anomaly": anomaly} | summary(pairs)
+        return {"anomaly": anomaly} | summary(pairs, self.paired[anomaly])
 
     def pairs(self, anomaly: str, n_views: int) -> list[Pair]:
         """`pairs_of_splits` of CADet's score for one set of anomalies."""
@@ -765,7 +767,7 @@ class Asker:
         return sums[self.divisions[split].test] if name == "in-distribution" or self.paired[name] else sums
 
     def moments(self, n_views: int) -> dict[str, Row]:
-        """Table 5: each value and the ends of its interval are means over the splits, as in metrics.splits_interval.
+        """Table 5: each value and the ends of its interval, which is for the draw of a set's images, are means over the splits.
 
         `gamma` is Eq. 7's, with its smallest and largest value over the splits as `gamma_low` and `gamma_high`.
         """

@@ -4,6 +4,9 @@ Knows nothing of images, files or devices. A score is larger for an image that l
 `out_scores` (m,) are tensors or arrays, in any order. Each statistic reads no more than how many images of either kind lie on
 each distinct score, ascending: counts of shape (..., n_values). So ties are exact, and all replicates of a bootstrap are one
 more dimension of the counts instead of a loop.
+
+paired: anomaly i was made from in-distribution image i, as attacks are. The two scores go together, often closely, and intervals
+and tests that draw such an image and its anomaly apart are too wide, up to several times; so here they are drawn together.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ class RocCurve(NamedTuple):
 
 
 class SplitsInterval(NamedTuple):
-    """Mean of a statistic over splits, its interval over images, and the spread from split to split: see `splits_interval`.
+    """Mean of a statistic over splits, its interval over draws of images, and the spread of the splits: see `splits_interval`.
 
     >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([3.0, 2.0], [4.0, 0.0])])
     >>> result.minimum, result.mean, result.maximum
@@ -224,12 +227,16 @@ def _kernel(statistic: Statistic) -> Kernel | None:
     return _KERNELS.get(statistic)
 
 
-def _replicates(statistic: Statistic, pairs: Sequence[tuple[Array, Array]], n_boot: int, seed: int) -> Array:
+def _replicates(
+    statistic: Statistic, pairs: Sequence[tuple[Array, Array]], n_boot: int, seed: int, paired: bool = False
+) -> Array:
     """`statistic` on `n_boot` resamplings, the same images for each pair of scores -> (len(pairs), n_boot) float64.
 
-    pairs: (in (n,), out (m,)) of the same images; n in-distribution and m anomalous images are drawn separately.
+    pairs: (in (n,), out (m,)) of the same images; n in-distribution and m anomalous images are drawn separately, unless `paired`.
     """
     n, m = (len(scores) for scores in pairs[0])
+    if paired and n != m:
+        raise ValueError(f"paired: found {n} in-distribution images and {m} anomalies, expected one made from each")
     kernel = _kernel(statistic)
     binned = [_bins(*pair) for pair in pairs]
     # One generator a kind, so that the draws do not depend on the size of a chunk.
@@ -238,7 +245,8 @@ def _replicates(statistic: Statistic, pairs: Sequence[tuple[Array, Array]], n_bo
     found = np.empty((len(pairs), checks.at_least(n_boot, "n_boot", 1)))
     for start in range(0, n_boot, step):
         rows = min(step, n_boot - start)
-        chosen_in, chosen_out = in_draws.integers(n, size=(rows, n)), out_draws.integers(m, size=(rows, m))
+        chosen_in = in_draws.integers(n, size=(rows, n))
+        chosen_out = chosen_in if paired else out_draws.integers(m, size=(rows, m))
         for k, (values, in_bins, out_bins) in enumerate(binned):
             replicates = found[k, start : start + rows]
             if kernel is None:
@@ -254,6 +262,24 @@ def _percentiles(replicates: Array, level: float) -> Interval:
     return Interval(*(float(v) for v in np.quantile(replicates, [tail, 1 - tail])))
 
 
+def _interval(replicates: Array, value: float, level: float, paired: bool) -> Interval:
+    """The percentile interval; of `paired` scores the bias-corrected one (Efron 1981), around `value`.
+
+    An image that is drawn twice meets its own anomaly four times: in replicates, twice as many comparisons are of an image with
+    its own anomaly as in the sample, which moves them all to one side. With ten images that cost 4 points of coverage.
+    """
+    if not paired:
+        return _percentiles(replicates, level)
+    bias, tail = _bias(replicates, value), stats.norm.ppf((1 - checks.in_open_interval(level, "level")) / 2)
+    return Interval(*(float(v) for v in np.quantile(replicates, stats.norm.cdf([2 * bias + tail, 2 * bias - tail]))))
+
+
+def _bias(replicates: Array, value: float) -> float:
+    """Where `value` lies among its replicates, in standard deviations from their median."""
+    below, least = ((replicates < value).mean() + (replicates <= value).mean()) / 2, 0.5 / len(replicates)
+    return float(stats.norm.ppf(np.clip(below, least, 1 - least)))
+
+
 def bootstrap_interval(
     in_scores: Any,
     out_scores: Any,
@@ -261,17 +287,21 @@ def bootstrap_interval(
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
+    paired: bool = False,
 ) -> Interval:
     """Percentile bootstrap interval of a statistic over images, in-distribution and anomalous resampled separately.
 
-    It covers the draw of the test images, the fitted detector held fixed. statistic(in_scores, out_scores) -> float: `auroc`,
-    `aupr`, `fpr_at_tpr` (also with keywords bound by functools.partial) run as tensor operations, any other callable in a loop.
+    paired: out_scores[i] is of an anomaly that was made from the image of in_scores[i]; the two are drawn together, and the
+    percentiles corrected for bias. The interval covers the draw of the test images, the fitted detector held fixed.
+    statistic(in_scores, out_scores) -> float: `auroc`, `aupr`, `fpr_at_tpr` (also with keywords bound by functools.partial) run
+    as tensor operations, any other callable in a loop.
     Where every replicate agrees, as with perfect separation, the interval has no width: that says nothing of images not seen.
 
     >>> bootstrap_interval([3.0, 2.0, 4.0], [1.0, 0.0], n_boot=200)
     Interval(low=1.0, high=1.0)
     """
-    return _percentiles(_replicates(statistic, [_pair(in_scores, out_scores)], n_boot, seed), level)
+    pair = _pair(in_scores, out_scores)
+    return _interval(_replicates(statistic, [pair], n_boot, seed, paired)[0], statistic(*pair), level, paired)
 
 
 def splits_interval(
@@ -280,16 +310,19 @@ def splits_interval(
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
+    paired: bool = False,
 ) -> SplitsInterval:
-    """Mean of a statistic over random splits of one pool into fitting and test images, with an interval over images.
+    """Mean of a statistic over random splits of one pool into fitting and test images, with an interval for both draws.
 
-    pairs: (in_scores, out_scores) of each split. low and high are the means of the splits' own bootstrap intervals. The splits
-    test largely the same images, so S of them are not S independent samples, and an interval that shrank with their number
-    would be too narrow. The mean of the intervals is the interval of the mean when the splits move together, and no narrower
-    than it otherwise (the deviation of a mean is at most the mean of the deviations): coverage of the draw of test images is at
-    least about `level`.
-    It does not cover the draw of the fitting images; what that adds shows in the spread from split to split, reported apart:
-    standard_deviation (S - 1 in the divisor, NaN for a single split), minimum and maximum. Nor does it cover the encoder.
+    pairs: (in_scores, out_scores) of each split; paired: as in `bootstrap_interval`, in each of them.
+    Test images: the splits test largely the same ones, so S of them are not S independent samples, and an interval that shrank
+    with their number would be too narrow. The mean of the splits' own bootstrap intervals is the interval of the mean when the
+    splits move together, and no narrower than it otherwise (the deviation of a mean is at most the mean of the deviations).
+    Fitting images: what their draw adds to the mean's variance is at most s^2 / S, s being the deviation from split to split. The
+    two variances are added and the interval stretched accordingly, with Student's t at the degrees of freedom that Satterthwaite
+    (1946) gives such a sum: a split or two tell little about s. With a single split, nothing is known of the fitting images, and
+    the interval is that of the test images. The encoder is held fixed.
+    standard_deviation has S - 1 in the divisor and is NaN for a single split; minimum and maximum are over the splits.
 
     >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([5.0, 4.0], [1.0, 2.0])], n_boot=200)
     >>> result.mean, result.standard_deviation
@@ -299,10 +332,29 @@ def splits_interval(
         raise ValueError("pairs: found no split, expected at least one (in_scores, out_scores)")
     checked = [_pair(a, b, f"_scores of split {k}") for k, (a, b) in enumerate(pairs)]
     values = np.array([statistic(a, b) for a, b in checked])
-    intervals = [_percentiles(_replicates(statistic, [pair], n_boot, seed), level) for pair in checked]
-    low, high = np.mean(intervals, axis=0)
-    deviation = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return SplitsInterval(float(values.mean()), float(low), float(high), deviation, float(values.min()), float(values.max()))
+    intervals = [
+        _interval(_replicates(statistic, [pair], n_boot, seed, paired)[0], value, level, paired)
+        for pair, value in zip(checked, values, strict=True)
+    ]
+    mean, deviation = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    low, high = _stretched(Interval(*np.mean(intervals, axis=0).tolist()), values, level)
+    if _kernel(statistic) is not None:  # ours are shares
+        low, high = max(0.0, low), min(1.0, high)
+    return SplitsInterval(mean, low, high, deviation, float(values.min()), float(values.max()))
+
+
+def _stretched(interval: Interval, values: Array, level: float) -> Interval:
+    """The interval of the mean of `values` (S,), one for each split, from the `interval` for the draw of test images alone."""
+    mean, half = float(values.mean()), (interval.high - interval.low) / 2
+    of_fitting = float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+    if of_fitting == 0:
+        return interval
+    total = (half / stats.norm.ppf((1 + level) / 2)) ** 2 + of_fitting
+    freedom = (len(values) - 1) * (total / of_fitting) ** 2
+    wanted = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
+    if half == 0:
+        return Interval(mean - wanted, mean + wanted)
+    return Interval(mean - (mean - interval.low) * wanted / half, mean + (interval.high - mean) * wanted / half)
 
 
 def _same_images(in_a: Any, out_a: Any, in_b: Any, out_b: Any, at_least: int = 1) -> list[tuple[Array, Array]]:
@@ -322,10 +374,12 @@ def paired_difference(
     level: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
+    paired: bool = False,
 ) -> PairedDifference:
     """Statistic of detector a minus that of detector b on the same images, by a bootstrap that draws the same images for both.
 
-    in_a, in_b: (n,) and out_a, out_b: (m,), image by image. p_value, two-sided, for no difference: twice the smaller share of
+    in_a, in_b: (n,) and out_a, out_b: (m,), image by image; paired: anomaly i was made from in-distribution image i, and is drawn
+    with it. p_value, two-sided, for no difference: twice the smaller share of
     replicates on either side of 0, counted as (1 + k) / (1 + n_boot), hence never 0. For AUROC, `delong_test` needs no draws.
 
     >>> same = [3.0, 2.0], [1.0, 2.5]
@@ -333,10 +387,13 @@ def paired_difference(
     1.0
     """
     pairs = _same_images(in_a, out_a, in_b, out_b)
-    a, b = _replicates(statistic, pairs, n_boot, seed)
-    against = min(int((a - b <= 0).sum()), int((a - b >= 0).sum()))
-    p_value = min(1.0, 2 * (1 + against) / (1 + n_boot))
-    return PairedDifference(float(statistic(*pairs[0]) - statistic(*pairs[1])), *_percentiles(a - b, level), p_value)
+    a, b = _replicates(statistic, pairs, n_boot, seed, paired)
+    difference = float(statistic(*pairs[0]) - statistic(*pairs[1]))
+    shares = np.array([1 + int((a - b <= 0).sum()), 1 + int((a - b >= 0).sum())]) / (1 + n_boot)
+    if paired:  # the level at which the interval ends at 0
+        shares = stats.norm.cdf(stats.norm.ppf(np.minimum(shares, 1)) + 2 * _bias(a - b, difference) * np.array([-1, 1]))
+    p_value = min(1.0, 2 * float(shares.min()))
+    return PairedDifference(difference, *_interval(a - b, difference, level, paired), p_value)
 
 
 def _placements(in_scores: Array, out_scores: Array) -> tuple[Array, Array]:
@@ -346,10 +403,11 @@ def _placements(in_scores: Array, out_scores: Array) -> tuple[Array, Array]:
     return (ranks[:n] - stats.rankdata(in_scores)) / m, 1 - (ranks[n:] - stats.rankdata(out_scores)) / n
 
 
-def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any) -> DeLong:
+def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any, paired: bool = False) -> DeLong:
     """Difference in AUROC of two detectors on the same images, with DeLong's two-sided p-value (DeLong et al. 1988).
 
     in_a, in_b: (n,) and out_a, out_b: (m,), image by image, n, m >= 2. By midranks in O((n + m) log(n + m)) (Sun and Xu 2014).
+    paired: anomaly i was made from in-distribution image i; the two are one observation then (Obuchowski 1997).
     Normal approximation: meant for tens of images of each kind or more. Where all images that are placed differently are placed
     differently by the same amount, the estimated variance can be 0: the p-value is then that of a sign test on these images.
 
@@ -359,9 +417,16 @@ def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any) -> DeLong:
     (in_x, out_x), (in_y, out_y) = (_placements(*pair) for pair in _same_images(in_a, out_a, in_b, out_b, at_least=2))
     # The variance of the difference is that of differences of placements: DeLong's 2 x 2 covariance, contrasted by (1, -1).
     difference = float(in_x.mean() - in_y.mean())
-    deviation = math.sqrt((in_x - in_y).var(ddof=1) / len(in_x) + (out_x - out_y).var(ddof=1) / len(out_x))
+    of_in, of_out = in_x - in_y, out_x - out_y
+    if paired:
+        if len(of_in) != len(of_out):
+            raise ValueError(f"paired: found {len(of_in)} in-distribution images and {len(of_out)} anomalies, expected as many")
+        deviation = math.sqrt((of_in + of_out).var(ddof=1) / len(of_in))
+        n_differ = int(((of_in != 0) | (of_out != 0)).sum())
+    else:
+        deviation = math.sqrt(of_in.var(ddof=1) / len(of_in) + of_out.var(ddof=1) / len(of_out))
+        n_differ = int((of_in != 0).sum() + (of_out != 0).sum())
     if deviation == 0:
-        n_differ = int((in_x != in_y).sum() + (out_x != out_y).sum())
         return DeLong(difference, min(1.0, 2.0 ** (1 - n_differ)) if difference else 1.0)
     return DeLong(difference, float(2 * stats.norm.sf(abs(difference) / deviation)))
 

@@ -113,7 +113,7 @@ def judge(detector: cadet.CADet, name: str, reference: Any, normal: Any, n_judge
 
 def _aurocs(known: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], gamma: float) -> Row:
     normal, disturbed = (m_in + gamma * m_out for m_in, m_out in (known, found))
-    low, high = metrics.bootstrap_interval(normal, disturbed, n_boot=200)
+    low, high = metrics.bootstrap_interval(normal, disturbed, n_boot=200, paired=True)
     alone = [metrics.auroc(a, b) for a, b in zip(known, found, strict=True)]
     return dict(auroc=metrics.auroc(normal, disturbed), low=low, high=high, m_in_alone=alone[0], m_out_alone=alone[1])
 

@@ -92,6 +92,27 @@ def test_a_row_is_the_mean_over_splits_of_its_own_images(world, rows):
         assert row["auroc"] == pytest.approx(sum(expected) / 2, abs=2e-3)
 
 
+def test_an_attack_is_drawn_with_its_original_and_no_other_anomaly_is(world):
+    """In the interval, and in DeLong's test; also where CADet alone is asked."""
+    _, _, field = world
+    generator = torch.Generator().manual_seed(0)
+    clean, unseen = torch.randn(90, generator=generator), torch.randn(40, generator=generator) - 0.5
+    scores = {IN_DISTRIBUTION: clean, "unseen": unseen, "FGSM": clean - 0.3 + 0.1 * torch.randn(90, generator=generator)}
+    other = {name: s + 0.5 * torch.randn(len(s), generator=generator) for name, s in scores.items()}
+    theirs = {name: field.pairs(other, name)[0] for name in field.anomalies}
+    for row in comparison.rows_of("ours", "contrastive", field, scores, theirs):
+        pairs, paired = field.pairs(scores, row["anomaly"]), row["anomaly"] == "FGSM"
+        expected = metrics.splits_interval(pairs, n_boot=500, paired=paired)
+        assert (row["low"], row["high"]) == (expected.low, expected.high)
+        assert row["p_difference"] == metrics.delong_test(*pairs[0], *theirs[row["anomaly"]], paired).p_value
+    assert experiments.summary(field.pairs(scores, "FGSM"))["low"] < experiments.summary(field.pairs(scores, "FGSM"), True)["low"]
+    images = torch.rand(90, 3, 8, 8, generator=generator)
+    sums = experiments.view_sums_of_sets(nn.Flatten(), {IN_DISTRIBUTION: images, "FGSM": images / 2}, EvalViews(8), [4])
+    ask = experiments.Asker(sums, {"FGSM": True}, field.divisions)
+    expected = metrics.splits_interval(ask.pairs("FGSM", 4), n_boot=500, paired=True)
+    assert (ask("FGSM", 4)["low"], ask("FGSM", 4)["high"]) == (expected.low, expected.high)
+
+
 def test_the_difference_to_cadet_is_on_the_same_images(rows):
     for anomaly in ("unseen", "FGSM"):
         ours, theirs = of(rows, "CADet", anomaly), of(rows, "kNN", anomaly)
