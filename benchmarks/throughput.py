@@ -1,6 +1,6 @@
 """How fast this machine pretrains, scores and attacks, as a share of its own peak; and from that the hours of a profile.
 
-    python benchmarks/throughput.py [--scale imagenet cifar] [--profile imagenet] [--out throughput.json] [--seconds 20]
+    python benchmarks/throughput.py [--scale imagenet cifar] [--profile imagenet] [--out throughput.json] [--seconds 5]
 
 The peak is the rate of a large matrix product, measured here in the same precision. A pass's FLOPs are those that torch counts
 (`FlopCounterMode`); the time is that of the work as a whole, views, losses and updates included. On a CPU a share may exceed 1:
@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,9 +133,8 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
     }
 
 
-def measured(names: Sequence[str], dtypes: Sequence[str], device: torch.device, seconds: float) -> list[Row]:
-    """A row for each scale, precision and kind of work."""
-    rows = []
+def measured(names: Sequence[str], dtypes: Sequence[str], device: torch.device, seconds: float) -> Iterator[Row]:
+    """A row for each scale, precision and kind of work, as soon as it is measured."""
     for dtype in dtypes:
         best = peak(dtype, device, seconds)
         for name in names:
@@ -149,8 +148,7 @@ def measured(names: Sequence[str], dtypes: Sequence[str], device: torch.device, 
                 row = dict(
                     scale=name, dtype=dtype, kind=kind, passes_per_second=took, images_per_second=took * work.images / work.passes
                 )
-                rows.append(row | dict(gflops_per_pass=work.flops / 1e9, share_of_peak=share, peak_tflops=best / 1e12))
-    return rows
+                yield row | dict(gflops_per_pass=work.flops / 1e9, share_of_peak=share, peak_tflops=best / 1e12)
 
 
 def mmd_seconds(n: int, dim: int, device: torch.device) -> float:
@@ -167,7 +165,7 @@ def main() -> None:
     parser.add_argument("--scale", nargs="+", default=list(SCALES), choices=list(SCALES))
     parser.add_argument("--profile", default="imagenet", help="whose hours are told, at the first scale and precision")
     parser.add_argument("--samples", type=int, default=20_000, help="of the MMD test at D = 2048; 0: none")
-    parser.add_argument("--seconds", type=float, default=20, help="for each measurement")
+    parser.add_argument("--seconds", type=float, default=5, help="for each measurement")
     parser.add_argument("--out", type=Path, default=record.output_folder("bench") / "throughput.json")
     options = parser.parse_args()
     device = encoders.default_device()
@@ -175,17 +173,24 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.benchmark = True  # as pretraining does
     dtypes = list(dict.fromkeys(("float32", embed.resolved_dtype(embed.AUTO, device))))
-    rows = measured(options.scale, dtypes, device, options.seconds)
-    first = [row for row in rows if row["scale"] == options.scale[0] and row["dtype"] == dtypes[0]]
-    rates = {row["kind"]: row["passes_per_second"] for row in first}
-    hardware, what = record.hardware(), f"{options.scale[0]} scale, {dtypes[0]}"
-    results: Row = dict(what=what, rates=rates, rows=rows, hardware=hardware, versions=record.versions())
-    results["threads"] = torch.get_num_threads()
+    what = f"{options.scale[0]} scale, {dtypes[0]}"
+    rates: dict[str, float] = {}
+    results: Row = dict(what=what, rates=rates, rows=[], hardware=record.hardware(), versions=record.versions())
+    results |= dict(threads=torch.get_num_threads(), commit=record.git_state(record.checkout()))
+
+    def save() -> None:  # after each row: whoever stops this has what was measured
+        record.write_atomically(options.out, json.dumps(results, indent=1))
+
+    for row in measured(options.scale, dtypes, device, options.seconds):
+        results["rows"].append(row)
+        if (row["scale"], row["dtype"]) == (options.scale[0], dtypes[0]):
+            rates[row["kind"]] = row["passes_per_second"]
+        save()
     if options.samples:
         took = mmd_seconds(options.samples, 2048, device)
         results["mmd"] = dict(n=options.samples, dim=2048, n_perm=500, seconds=took)
         print(f"MMD of {options.samples} + {options.samples} samples, D = 2048: {took:.1f} s")
-    record.write_atomically(options.out, json.dumps(results, indent=1))
+        save()
     print(f"\n{options.profile}, at the rates of {what}:\n{costs.sheet(costs.of_profile(options.profile), rates).to_string()}")
     print(f"\nwritten: {options.out}")
 
