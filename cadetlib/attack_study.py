@@ -154,10 +154,11 @@ def of_training(rows: Sequence[Row]) -> list[Row]:
 
 
 def kept(profile: str) -> list[Row]:
-    """What benchmarks/ measured of this question on all images of notebook 04, once, and the project keeps for a profile.
+    """What was measured of this question once, and the project keeps for a profile.
 
     Rows as a study's, with the `commit` that measured them: attacks on a network read in its own features, by area and number
-    of views (own_features.py), then epochs and widths (training_curve.py). Empty for a profile of which nothing is kept.
+    of views (benchmarks/own_features.py), then epochs and widths (benchmarks/training_curve.py), on all images of notebook 04;
+    then epochs as an earlier run of notebook 05 had them from snapshots that are not kept. Empty when nothing is kept.
 
     >>> sorted({row["factor"] for row in kept("cifar10-cpu")})[:2]
     ["area, in cifar:resnet20's own features", "area, in the contrastive encoder's own features"]
@@ -172,7 +173,8 @@ def kept(profile: str) -> list[Row]:
         rows += [row | dict(factor=f"area, {own}", value=row["crop_scale"]) for row in found if row["n_views"] == most]
         at = f"views of area {widest}, {own}"
         rows += [row | dict(factor=at, value=row["n_views"]) for row in found if row["crop_scale"] == widest]
-    return rows + of_training(_measured(folder / "training_curve.json")[1])
+    rows += of_training(_measured(folder / "training_curve.json")[1])
+    return rows + _measured(folder / "training_epochs.json")[1]
 
 
 def _measured(path: Path) -> tuple[str, list[Row]]:

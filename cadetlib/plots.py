@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -417,7 +418,7 @@ def attack_study(rows: Sequence[Row]) -> Figure:
             ticks = [value if isinstance(value, str) else f"{value:g}" for value in values]
             long = any(len(tick) > 6 for tick in ticks)
             axes.set_xticks(range(len(values)), ticks, rotation=25 if long else 0, ha="right" if long else "center")
-            axes.set(title=factor, ylim=(0, 1.02))
+            axes.set(title=textwrap.fill(factor, 44), ylim=(0, 1.02))
             if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
                 axes.set_ylabel("AUROC")
             _label_ends(axes, ends)

@@ -91,6 +91,8 @@ def test_what_benchmarks_measured_is_told_with_its_commit(tmp_path, monkeypatch)
     ends = [row | dict(width=width, epoch=9) for width in (16, 32)] + [row | dict(width=16, epoch=9, anomaly="svhn")]
     changed = dict(commit="b" * 40, dirty=True)
     (folder / "training_curve.json").write_text(json.dumps(dict(commit=changed, rows=ends)))
+    earlier = [row | dict(factor="epochs of 40, width 32", value=32), row | dict(anomaly="svhn", factor="encoder", value="own")]
+    (folder / "training_epochs.json").write_text(json.dumps(dict(commit=clean, rows=earlier)))
     found = attack_study.kept("some")
     assert [(r["factor"], r["value"]) for r in found] == [
         ("area, in cifar:resnet20's own features", 0.5),
@@ -101,5 +103,6 @@ def test_what_benchmarks_measured_is_told_with_its_commit(tmp_path, monkeypatch)
         ("epochs, at width 32", 9),
         ("width, trained to the end", 16),
         ("width, trained to the end", 32),
+        ("epochs of 40, width 32", 32),
     ]
     assert {r["commit"] for r in found} == {"aaaaaaa", "bbbbbbb and changes"}
