@@ -58,7 +58,8 @@ def rows_at(
         for name in ask.anomalies:
             parts = {"m_in": experiments.m_in_only, "m_out": experiments.m_out_only}
             halves = {part: ask(name, n_views, score)["auroc"] for part, score in parts.items()}
-            found.append(about | dict(crop_scale=scale, n_views=n_views) | ask(name, n_views) | halves)
+            over = attack_study.over_signs(ask, name, n_views) if paired[name] else {}
+            found.append(about | dict(crop_scale=scale, n_views=n_views) | ask(name, n_views) | halves | over)
         told = ", ".join(f"{r['anomaly']} {r['auroc']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in found)
         print(*(f"{key} {value}," for key, value in about.items()), f"area {scale}, {n_views} views: {told}", flush=True)
         yield from found

@@ -54,7 +54,10 @@ class Study:
         return replace(self, **changes)
 
     def rows(self, factor: str, value: float | str) -> list[Row]:
-        """AUROC of the score, of m_in and of m_out against each attack, under the name of the factor and its value here."""
+        """AUROC of the score, of m_in and of m_out against each attack, under the name of the factor and its value here.
+
+        Where random signs are among the attacks: by how much each other one's AUROC is `over_signs`, with its interval.
+        """
         sets = {IN_DISTRIBUTION: self.images, **self.attacked}
         sums = experiments.view_sums_of_sets(
             self.encoder, sets, self.views, [self.n_views], self.cache, dtype=self.dtype, say=lambda _: None
@@ -67,7 +70,8 @@ class Study:
                 for half, score in (("m_in", experiments.m_in_only), ("m_out", experiments.m_out_only))
             }
             accuracy = attacks.accuracy(self.victim, images, self.labels)
-            rows.append(dict(factor=factor, value=value, victim_accuracy=accuracy) | halves | ask(name, self.n_views))
+            row = dict(factor=factor, value=value, victim_accuracy=accuracy) | halves | ask(name, self.n_views)
+            rows.append(row | over_signs(ask, name, self.n_views))
         print(f"{factor} {value}: " + ", ".join(f"{r['anomaly']} {r['auroc']:.2f} (m_in {r['m_in']:.2f})" for r in rows))
         return rows
 
@@ -114,11 +118,27 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
 
 
+def over_signs(ask: experiments.Asker, attack: str, n_views: int) -> Row:
+    """By how much an attack's AUROC exceeds that of random signs on the same images, with its interval; nothing without these.
+
+    >>> images = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> sets = {IN_DISTRIBUTION: images, "halved": images / 2, CONTROL: random_signs(images, 0.01)}
+    >>> sums = experiments.view_sums_of_sets(nn.Flatten(), sets, EvalViews(8), [4], say=lambda _: None)
+    >>> ask = experiments.Asker(sums, {"halved": True, CONTROL: True}, experiments.splits(20, 2, n_reference=5, n_calibration=9))
+    >>> sorted(over_signs(ask, "halved", n_views=4)), over_signs(ask, CONTROL, n_views=4)
+    (['over_signs', 'over_signs_high', 'over_signs_low'], {})
+    """
+    if attack == CONTROL or CONTROL not in ask.sums:
+        return {}
+    found = ask.difference(attack, CONTROL, n_views)
+    return dict(over_signs=found.mean, over_signs_low=found.low, over_signs_high=found.high)
+
+
 def how_seen(row: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """What CADet sees of an attack, from its AUROC and that of random signs, with their intervals.
 
-    "seen as an attack": better than random signs, beyond both intervals; "seen as noise": better than chance, and not better
-    than random signs; else "not seen".
+    "seen as an attack": better than random signs, on the same images where both were asked (`over_signs`), else beyond both
+    intervals; "seen as noise": better than chance, and not better than random signs; else "not seen".
 
     >>> signs = dict(auroc=0.6, low=0.55, high=0.65)
     >>> [how_seen(dict(auroc=x, low=x - 0.05, high=x + 0.05), signs) for x in (0.8, 0.65, 0.5)]
@@ -126,7 +146,8 @@ def how_seen(row: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """
     if row["low"] <= 0.5:
         return "not seen"
-    return "seen as an attack" if row["low"] > control["high"] else "seen as noise"
+    better = row["over_signs_low"] > 0 if "over_signs_low" in row else row["low"] > control["high"]
+    return "seen as an attack" if better else "seen as noise"
 
 
 def of_training(rows: Sequence[Row]) -> list[Row]:

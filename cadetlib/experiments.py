@@ -751,6 +751,13 @@ class Asker:
         pairs = pairs_of_splits(held_out, self.sums[anomaly], self.paired[anomaly], divisions, n_views, score)
         return {"anomaly": anomaly} | summary(pairs, self.paired[anomaly])
 
+    def difference(self, anomaly: str, other: str, n_views: int, n_boot: int = 500) -> metrics.SplitsInterval:
+        """AUROC against one set minus that against another, both made from the in-distribution images: `splits_difference`."""
+        if not (self.paired[anomaly] and self.paired[other]):
+            raise ValueError(f"found {anomaly} and {other}, expected two sets that were made from the in-distribution images")
+        a, b = (self.pairs(name, n_views) for name in (anomaly, other))
+        return metrics.splits_difference(a, b, n_boot=n_boot, paired=True)
+
     def pairs(self, anomaly: str, n_views: int) -> list[Pair]:
         """`pairs_of_splits` of CADet's score for one set of anomalies."""
         return pairs_of_splits(self.sums[IN_DISTRIBUTION], self.sums[anomaly], self.paired[anomaly], self.divisions, n_views)

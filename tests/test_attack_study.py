@@ -106,3 +106,12 @@ def test_what_benchmarks_measured_is_told_with_its_commit(tmp_path, monkeypatch)
         ("epochs of 40, width 32", 32),
     ]
     assert {r["commit"] for r in found} == {"aaaaaaa", "bbbbbbb and changes"}
+
+
+def test_an_attack_is_held_against_random_signs_on_the_same_images():
+    """Where both were asked, though their own intervals overlap; else beyond both intervals."""
+    signs, close = dict(auroc=0.6, low=0.5, high=0.7), dict(auroc=0.65, low=0.55, high=0.75)
+    assert attack_study.how_seen(close, signs) == "seen as noise"
+    assert attack_study.how_seen(close | dict(over_signs_low=0.01), signs) == "seen as an attack"
+    assert attack_study.how_seen(dict(auroc=0.8, low=0.75, high=0.85, over_signs_low=-0.01), signs) == "seen as noise"
+    assert attack_study.how_seen(dict(auroc=0.5, low=0.45, high=0.55, over_signs_low=0.1), signs) == "not seen"

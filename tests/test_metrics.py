@@ -250,6 +250,25 @@ def test_a_difference_of_paired_scores_is_as_sure_as_paired_delong_says():
     assert (found.low > 0 or found.high < 0) == (found.p_value < 0.05)
 
 
+def test_a_difference_over_splits_is_of_the_same_images_and_covers():
+    """Two attacks on the same images: their AUROCs differ by so much that intervals of each alone would hardly tell."""
+    rng, n_runs, covered, width, apart = np.random.default_rng(11), 300, 0, 0.0, 0.0
+    truth = stats.norm.cdf(0.5 / math.sqrt(2)) - stats.norm.cdf(0.3 / math.sqrt(2))
+    for run in range(n_runs):
+        clean, moved, _ = attacked(rng, 250, together=0.9, shift=0.3)
+        other = moved + rng.normal(0, 0.01, 250) - 0.2
+        tested = [rng.permutation(250)[:200] for _ in range(3)]
+        a, b = [[(clean[i], out[i]) for i in tested] for out in (other, moved)]
+        found = metrics.splits_difference(a, b, n_boot=100, seed=run, paired=True)
+        covered, width = covered + (found.low <= truth <= found.high), width + found.high - found.low
+        apart += sum(x.high - x.low for x in (metrics.splits_interval(p, n_boot=100, seed=run, paired=True) for p in (a, b)))
+    assert covered / n_runs > 0.91
+    assert width < 0.3 * apart
+    one = metrics.splits_difference(a[:1], b[:1], n_boot=100, paired=True)
+    both = metrics.paired_difference(*a[0], *b[0], n_boot=100, paired=True)
+    assert (one.mean, one.low, one.high) == pytest.approx(both[:3])
+
+
 def test_same_order_is_no_difference_and_a_clear_one_is_found():
     a, b = binormal(np.random.default_rng(5), 60, 50, shift=3)
     assert metrics.paired_difference(a, b, np.exp(a), np.exp(b), n_boot=99) == (0, 0, 0, 1)
@@ -327,6 +346,8 @@ def test_scores_that_are_none_are_named(function, bad):
         ),
         (lambda: metrics.delong_test(GOOD, GOOD[:2], GOOD, GOOD[:2], True), "paired: found 3 in-distribution images and 2"),
         (lambda: metrics.splits_interval([]), "pairs: found no split"),
+        (lambda: metrics.splits_difference([(GOOD, GOOD)], []), "found 1 and 0 splits, expected at least one"),
+        (lambda: metrics.splits_difference([(GOOD, GOOD)], [(GOOD[:2], GOOD)]), "found 3 in_a and 2 in_b, expected"),
         (lambda: metrics.splits_interval([(GOOD, GOOD), (GOOD, [])]), "out_scores of split 1: found 0 values"),
         (lambda: metrics.paired_difference(GOOD, GOOD, GOOD[:2], GOOD), "found 3 in_a and 2 in_b, expected"),
         (lambda: metrics.delong_test(GOOD, GOOD, GOOD, GOOD[:2]), "found 3 out_a and 2 out_b, expected"),
