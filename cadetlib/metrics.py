@@ -318,10 +318,10 @@ def splits_interval(
     Test images: the splits test largely the same ones, so S of them are not S independent samples, and an interval that shrank
     with their number would be too narrow. The mean of the splits' own bootstrap intervals is the interval of the mean when the
     splits move together, and no narrower than it otherwise (the deviation of a mean is at most the mean of the deviations).
-    Fitting images: what their draw adds to the mean's variance is at most s^2 / S, s being the deviation from split to split. The
-    two variances are added and the interval stretched accordingly, with Student's t at the degrees of freedom that Satterthwaite
-    (1946) gives such a sum: a split or two tell little about s. With a single split, nothing is known of the fitting images, and
-    the interval is that of the test images. The encoder is held fixed.
+    Fitting images: what their draw adds to the mean's variance is at most s^2 / S on average, s being the deviation from split
+    to split. The two variances are added and the interval stretched accordingly, with Student's t at the degrees of freedom that
+    Satterthwaite (1946) gives such a sum: a split or two tell little about s. With a single split, nothing is known of the
+    fitting images, and the interval is that of the test images. The encoder is held fixed.
     standard_deviation has S - 1 in the divisor and is NaN for a single split; minimum and maximum are over the splits.
 
     >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([5.0, 4.0], [1.0, 2.0])], n_boot=200)
@@ -408,8 +408,8 @@ def paired_difference(
     """Statistic of detector a minus that of detector b on the same images, by a bootstrap that draws the same images for both.
 
     in_a, in_b: (n,) and out_a, out_b: (m,), image by image; paired: anomaly i was made from in-distribution image i, and is drawn
-    with it. p_value, two-sided, for no difference: twice the smaller share of
-    replicates on either side of 0, counted as (1 + k) / (1 + n_boot), hence never 0. For AUROC, `delong_test` needs no draws.
+    with it. p_value, two-sided, for no difference: twice the smaller share of replicates on either side of 0, counted as
+    (1 + k) / (1 + n_boot), hence never 0. For AUROC, `delong_test` needs no draws.
 
     >>> same = [3.0, 2.0], [1.0, 2.5]
     >>> paired_difference(*same, *same, n_boot=200).p_value
