@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cadetlib
-from cadetlib import costs
+from cadetlib import costs, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(Path(cadetlib.__file__).parent.glob("*.py"))
@@ -113,6 +113,12 @@ def test_the_readmes_tables_of_own_features_are_what_was_kept(file, network, sca
         rows = [row for row in kept["rows"] if (row["anomaly"], row["n_views"]) == (name, 50)]
         assert [row["crop_scale"] for row in rows] == scales
         assert " | ".join(["", label, *map(cell, rows), ""]).strip() in page
+    over = {row["crop_scale"]: row for row in kept["rows"] if (row["anomaly"], row["n_views"]) == ("PGD", 50)}
+    said = {
+        "own_features": [f"{points(over[0.9])} points at 0.9 and {points(over[0.97])} at 0.97", f"by {points(over[0.75], -1)}."],
+        "own_features_contrastive": [f"by {points(over[0.97])} points on the same", f"at 0.9 no better, by {points(over[0.9])}."],
+    }
+    assert all(words in " ".join(page.split()) for words in said[file])
 
 
 def test_the_readmes_table_of_the_training_curve_is_what_was_kept():
@@ -134,6 +140,16 @@ def test_what_the_readme_says_of_the_gpus_encoder_is_what_was_kept():
     told = [f"{100 * best[name]:.0f}" for name in ("cifar100-first2000", "flowers64", "PGD")]
     assert "the best have {} and {} on CIFAR-100 and flowers and {} on PGD".format(*told) in page
     assert best["FGSM"] == rows["FGSM"]["auroc"]
+
+    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10" / "06_thresholds.json").read_text())["results"]["detectors"]
+    (sets,) = [detector["sets"] for detector in kept if detector["name"] == "contrastive"]
+    scores = {one["name"]: dict(zip(one["images"], one["scores"], strict=True)) for one in sets}
+    told = []
+    for name in ("PGD", "CW-L2"):
+        clean, odd = ([of[i] for i in sorted(of)] for of in (scores["in-distribution"], scores[name]))
+        interval = metrics.bootstrap_interval(clean, odd, paired=True)
+        told.append(cell(dict(auroc=metrics.auroc(clean, odd), low=interval.low, high=interval.high)))
+    assert "PGD is at {} and CW-L2 at {}.".format(*told) in " ".join(page.split())
 
     curve = json.loads((ROOT / "outputs" / "reference" / "cifar10" / "training_curve.json").read_text())
     assert not curve["commit"]["dirty"] and {row["n_views"] for row in curve["rows"]} == {10}
@@ -195,6 +211,12 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
     page = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in page] == []
     assert max(sides, key=lambda size: found[side, size, "PGD"]["auroc"]) == 56
+
+
+def points(row, sign=1):
+    """By how many points an attack's AUROC exceeds that of random signs; of sign -1, the other way round."""
+    low, high = sorted(sign * row[key] for key in ("over_signs_low", "over_signs_high"))
+    return f"{100 * sign * row['over_signs']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def cell(row):
