@@ -206,7 +206,7 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
         f"random signs {', '.join(signs[:3])} and {signs[3]}",
         f"(kNN {cell(knn[32])} at 32, {cell(knn[48])} at 48)",
         f"the encoder's own probe, FGSM is at {cell(found[victim, 'own probe', 'FGSM'])}",
-        f"({min(of_pgd)} to {max(of_pgd)}), nor at any side ({cell(found[side, 56, 'PGD'])} at most)",
+        f"({min(of_pgd)} to {max(of_pgd)}), nor at any side ({cell(found[side, 56, 'PGD'])} at most), and everywhere less",
     ]
     page = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in page] == []
