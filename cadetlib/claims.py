@@ -98,7 +98,7 @@ def difference(a: Row, b: Row, name: str, paper_value: float | None = None) -> P
     """AUROC of a minus AUROC of b in percentage points, its interval from both intervals (MOVER, Zou and Donner 2008).
 
     Made for independent estimates. Ours share images or draws: where they go together the true interval is narrower, and where
-    they go apart, as m_in and m_out do, wider: by at most sqrt(2), and by a quarter at a correlation of -0.6, the lowest we met.
+    they go apart, as m_in and m_out may, wider, by at most sqrt(2).
 
     >>> part = difference(dict(auroc=0.8, low=0.77, high=0.83), dict(auroc=0.7, low=0.66, high=0.74), "PGD")
     >>> round(part.low, 6), round(part.value, 6), round(part.high, 6)  # 10 and sqrt(3^2 + 4^2) on either side

@@ -109,6 +109,8 @@ def test_an_attack_is_drawn_with_its_original_and_no_other_anomaly_is(world):
     images = torch.rand(90, 3, 8, 8, generator=generator)
     sums = experiments.view_sums_of_sets(nn.Flatten(), {IN_DISTRIBUTION: images, "FGSM": images / 2}, EvalViews(8), [4])
     ask = experiments.Asker(sums, {"FGSM": True}, field.divisions)
+    with pytest.raises(ValueError, match="found FGSM and in-distribution, expected two sets that were made from"):
+        experiments.Asker(sums, {"FGSM": True, IN_DISTRIBUTION: False}, field.divisions).difference("FGSM", IN_DISTRIBUTION, 4)
     expected = metrics.splits_interval(ask.pairs("FGSM", 4), n_boot=500, paired=True)
     assert (ask("FGSM", 4)["low"], ask("FGSM", 4)["high"]) == (expected.low, expected.high)
 

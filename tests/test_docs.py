@@ -167,6 +167,11 @@ def test_the_readmes_first_table_is_what_was_kept():
     for profile, labels in FIRST_TABLE.items():
         kept = json.loads((ROOT / "outputs" / "reference" / profile / "04_cadet_tables.json").read_text())["results"]["rows"]
         found = {row["anomaly"]: row for row in kept if (row["detector"], row["encoder"]) == ("CADet", "contrastive")}
+        if profile == "cifar10-cpu":
+            (svhn,) = [
+                r for r in kept if (r["detector"], r["encoder"], r["anomaly"]) == ("CADet", "supervised", "svhn-first1083")
+            ]
+            assert f"supervised encoder wide: SVHN {cell(svhn)} in" in page
         for name, label in labels.items():
             assert f"| {label} | {cell(found[name])} " in page, f"{profile}: {name} {cell(found[name])}"
 
@@ -211,6 +216,9 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
     page = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in page] == []
     assert max(sides, key=lambda size: found[side, size, "PGD"]["auroc"]) == 56
+    assert all(found[side, size, "PGD"]["over_signs_high"] < 0 for size in sides)
+    signs_here = found["encoder", "contrastive", "random signs"]["low"]  # of all victims, for they have none
+    assert all(row["high"] < signs_here for (factor, _, name), row in found.items() if (factor, name) == (victim, "PGD"))
 
 
 def points(row, sign=1):
