@@ -34,9 +34,9 @@ def stages(folder: Path) -> Iterator[tuple[int, float | None, nn.Module]]:
 
 
 def trained_with(folder: Path) -> dict[str, Any]:
-    """The settings that a run's encoder was trained with, as its file has them."""
+    """The settings that a run's encoder was trained with, and by which commits on what, as its file has them."""
     _, about = encoders.read_safetensors(folder / pretrain.ENCODER, encoders.FORMAT)
-    return json.loads(about["settings"])
+    return json.loads(about["settings"]) | dict(made_by=json.loads(about.get("made_by", "[]")))
 
 
 def main() -> None:

@@ -539,6 +539,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
 
     step = 0
     checkpoint = _load_checkpoint(folder, device)
+    made_by = made_by_also_here((checkpoint or {}).get("made_by", []))
     if checkpoint is not None:
         _refuse_other_settings(checkpoint["settings"], settings)
         _refuse_other_images(checkpoint.get("images", _identity(images)), images)
@@ -556,7 +557,8 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             )
         if _is_first():
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step)
-            _save_checkpoint(folder, step, state | dict(settings=asdict(settings), images=_identity(images)))
+            state |= dict(settings=asdict(settings), images=_identity(images), made_by=made_by)
+            _save_checkpoint(folder, step, state)
 
     steps_per_epoch = len(images) // settings.batch_size
     last_step = settings.epochs * steps_per_epoch
@@ -632,8 +634,19 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     if _is_first() and step == last_step and not _holds(folder / ENCODER, step):
         head = model.head if isinstance(model.head, nn.Linear) else None
         told = json.dumps({k: v for k, v in asdict(settings).items() if k != "output"})  # a folder is nobody else's business
-        encoders.save_encoder(model.encoder, folder / ENCODER, head=head, steps=step, settings=told)
+        by = json.dumps(made_by)
+        encoders.save_encoder(model.encoder, folder / ENCODER, head=head, steps=step, settings=told, made_by=by)
     return 0
+
+
+def made_by_also_here(earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What trained an encoder, in order: commit, versions and hardware of each start that differs from the one before.
+
+    >>> len(made_by_also_here(made_by_also_here([]))), list(made_by_also_here([])[0])
+    (1, ['commit', 'versions', 'hardware'])
+    """
+    here = dict(commit=record.git_state(record.checkout()), versions=record.versions(), hardware=record.hardware())
+    return earlier if earlier and earlier[-1] == here else [*earlier, here]
 
 
 def _batches(

@@ -311,8 +311,22 @@ def test_checkpoints_on_disk(uninterrupted):
     """Two of them, complete, of the format that earlier runs wrote; the keys are what later versions must be able to read."""
     assert [int(p.name.split("-")[1]) for p in sorted(uninterrupted.glob("checkpoint-*.pt"))] == [30, 36]
     checkpoint = last_checkpoint(uninterrupted)
-    assert set(checkpoint) == {"model", "optimizer", "scaler", "step", "settings", "images"}
+    assert set(checkpoint) == {"model", "optimizer", "scaler", "step", "settings", "images", "made_by"}
     assert checkpoint["settings"] == settings(uninterrupted).__dict__
+
+
+def test_an_encoder_says_which_commits_trained_it(tmp_path, monkeypatch):
+    """One entry for the starts at one commit, the next when another goes on; a checkpoint from before has none."""
+    for commit, max_steps in (("a", 2), ("a", 5), ("b", 8), ("c", 0)):
+        monkeypatch.setattr(pretrain.record, "git_state", lambda root, commit=commit: dict(commit=commit, dirty=False))
+        assert pretrain.train(settings(tmp_path, max_steps=max_steps)) == 0
+        if commit == "a":
+            told = last_checkpoint(tmp_path)["made_by"]
+            assert [start["commit"]["commit"] for start in told] == ["a"]
+    about = pretrain.encoders.read_safetensors(tmp_path / "encoder.safetensors", pretrain.encoders.FORMAT)[1]
+    made_by = json.loads(about["made_by"])
+    assert [start["commit"] for start in made_by] == [dict(commit=commit, dirty=False) for commit in "abc"]
+    assert made_by[0]["versions"] == pretrain.record.versions() and made_by[0]["hardware"] == pretrain.record.hardware()
 
 
 def test_other_settings_are_refused_by_name(uninterrupted, tmp_path):
