@@ -57,7 +57,7 @@ def rows_at(
         found = []
         for name in ask.anomalies:
             parts = {"m_in": experiments.m_in_only, "m_out": experiments.m_out_only}
-            halves = {part: ask(name, n_views, score)["auroc"] for part, score in parts.items()}
+            halves = {part: ask.auroc(name, n_views, score) for part, score in parts.items()}
             over = attack_study.over_signs(ask, name, n_views) if paired[name] else {}
             found.append(about | dict(crop_scale=scale, n_views=n_views) | ask(name, n_views) | halves | over)
         told = ", ".join(f"{r['anomaly']} {r['auroc']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in found)

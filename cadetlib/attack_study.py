@@ -66,7 +66,7 @@ class Study:
         rows = []
         for name, images in self.attacked.items():
             halves = {
-                half: ask(name, self.n_views, score)["auroc"]
+                half: ask.auroc(name, self.n_views, score)
                 for half, score in (("m_in", experiments.m_in_only), ("m_out", experiments.m_out_only))
             }
             accuracy = attacks.accuracy(self.victim, images, self.labels)
@@ -130,8 +130,9 @@ def over_signs(ask: experiments.Asker, attack: str, n_views: int) -> Row:
     """
     if attack == CONTROL or CONTROL not in ask.sums:
         return {}
-    found = ask.difference(attack, CONTROL, n_views)
-    return dict(over_signs=found.mean, over_signs_low=found.low, over_signs_high=found.high)
+    if not (ask.paired[attack] and ask.paired[CONTROL]):
+        raise ValueError(f"found {attack} and {CONTROL}, expected two sets that were made from the in-distribution images")
+    return ask.over("signs", attack, ask.pairs(attack, n_views), ask.pairs(CONTROL, n_views))
 
 
 def how_seen(row: Mapping[str, Any], control: Mapping[str, Any]) -> str:

@@ -61,6 +61,10 @@ class Field:
         clean, odd = scores[IN_DISTRIBUTION], scores[anomaly]
         return [(clean[d.test], odd[d.test] if self.paired[anomaly] else odd) for d in self.divisions]
 
+    def images(self, anomaly: str) -> list[tuple[Tensor, Tensor]]:
+        """Which image each of these scores is of: see `experiments.images_of_splits`."""
+        return experiments.images_of_splits(self.divisions, self.paired[anomaly], len(self.sets[anomaly]))
+
     def first(self, n: int, anomalies: Sequence[str]) -> Field:
         """The first n test images of the first split and what belongs to them: a small field for systems that are slow.
 
@@ -74,20 +78,21 @@ class Field:
         own = Split(clean[:0], torch.arange(len(test), len(clean)), torch.arange(len(test)))
         return Field(sets, self.paired, [own], {name: mask[clean] for name, mask in self.successful.items()})
 
-    def of_successful(self, pairs: Sequence[Pair], anomaly: str) -> Row:
+    def of_successful(self, pairs: Sequence[Pair], anomaly: str, fitted: float) -> Row:
         """AUROC on images that the victim got right against attacks that then fooled it, as Hu et al.'s program counts them.
 
         `auroc_successful`, its `low_` and `high_`, and the images on either side; nothing where there is no attack, or where a
-        split has fewer than two such images of a kind. Not every image has its attack here, so the interval draws them apart, and
-        is wider than it need be.
+        split has fewer than two such images of a kind.
         """
         if anomaly not in self.successful:
             return {}
         clean, odd = self.successful[IN_DISTRIBUTION], self.successful[anomaly]
-        kept = [(a[clean[d.test]], b[odd[d.test]]) for (a, b), d in zip(pairs, self.divisions, strict=True)]
+        masks = [(clean[d.test], odd[d.test]) for d in self.divisions]
+        kept = [(a[right], b[fooled]) for (a, b), (right, fooled) in zip(pairs, masks, strict=True)]
         if min(len(scores) for pair in kept for scores in pair) < 2:
             return {}
-        found = experiments.summary(kept)
+        images = [(d.test[right], d.test[fooled]) for d, (right, fooled) in zip(self.divisions, masks, strict=True)]
+        found = experiments.summary(kept, images, fitted)
         return {f"{key}_successful": found[key] for key in ("auroc", "low", "high", "n_in", "n_out")}
 
 
@@ -132,11 +137,14 @@ def known(encoder: nn.Module, file: str | Path, training: data.ImageSet, size: i
 # --- rows -----------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs: Mapping[str, Pair], **about: Any) -> list[Row]:
+def rows_of(
+    system: str, encoder: str, field: Field, scores: Scores, cadet_pairs: Mapping[str, Sequence[Pair]], **about: Any
+) -> list[Row]:
     """A row for each anomaly that was scored: `experiments.summary`, and how CADet compares on the first split's images.
 
-    cadet_pairs: anomaly -> scores of CADet on the first split; `difference` is this system's AUROC minus CADet's there, with
-    DeLong's p-value, on the images that both have scored.
+    cadet_pairs: anomaly -> scores of CADet, split by split; `difference` is this system's AUROC minus CADet's on the first one,
+    with DeLong's p-value, on the images that both have scored. For the interval, nothing is fitted on the held-out images: these
+    systems learn from others, and Hu et al.'s, which learns from calibration images, is asked on one split only.
 
     >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "dark": torch.rand(5, 3, 8, 8) / 4}
     >>> field = Field(sets, {"dark": False}, experiments.splits(12, 1, n_reference=4, n_calibration=4))
@@ -148,12 +156,12 @@ def rows_of(system: str, encoder: str, field: Field, scores: Scores, cadet_pairs
     rows = []
     for anomaly in (name for name in scores if name != IN_DISTRIBUTION):
         pairs = field.pairs(scores, anomaly)
-        paired = field.paired[anomaly]
-        row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | experiments.summary(pairs, paired) | about
-        row |= field.of_successful(pairs, anomaly)
+        found = experiments.summary(pairs, field.images(anomaly), fitted=0)
+        row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | found | about
+        row |= field.of_successful(pairs, anomaly, fitted=0)
         if anomaly in cadet_pairs and (system, encoder) != CADET:
-            (normal, odd), theirs = pairs[0], cadet_pairs[anomaly]
-            test = metrics.delong_test(normal, odd, theirs[0][: len(normal)], theirs[1][: len(odd)], paired)
+            (normal, odd), theirs = pairs[0], cadet_pairs[anomaly][0]
+            test = metrics.delong_test(normal, odd, theirs[0][: len(normal)], theirs[1][: len(odd)], field.paired[anomaly])
             row |= dict(difference=test.difference, p_difference=test.p_value)
         rows.append(row)
     return rows
@@ -177,11 +185,12 @@ def cadet_rows(
     field: Field,
     sums: Mapping[str, embed.ViewSums],
     detector: cadet.CADet,
-    cadet_pairs: dict[str, Pair],
+    cadet_pairs: dict[str, list[Pair]],
 ) -> tuple[list[Row], dict[str, list[Pair]]]:
     """The rows of CADet from view sums already made, and its scores: anomaly -> pairs, split by split.
 
-    Those of the contrastive encoder, which come first, fill `cadet_pairs`.
+    Those of the contrastive encoder, which come first, fill `cadet_pairs`; by how much the AUROC with another encoder exceeds
+    theirs is its `over_contrastive`, with its interval over splits.
 
     >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "noise": torch.rand(5, 3, 8, 8)}
     >>> field = Field(sets, {"noise": False}, experiments.splits(12, 2, n_reference=4, n_calibration=4))
@@ -194,16 +203,17 @@ def cadet_rows(
     ask = experiments.Asker(sums, field.paired, field.divisions)
     pairs = {anomaly: ask.pairs(anomaly, detector.n_views) for anomaly in ask.anomalies}
     if ("CADet", encoder) == CADET:
-        cadet_pairs.update({anomaly: found[0] for anomaly, found in pairs.items()})
+        cadet_pairs.update(pairs)
     seconds = seconds_per_image(detector.view_sums, field.sets[IN_DISTRIBUTION])
     rows = []
     for anomaly, found in pairs.items():
-        paired = field.paired[anomaly]
-        row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | experiments.summary(found, paired)
-        row |= field.of_successful(found, anomaly)
+        told = experiments.summary(found, field.images(anomaly), ask.fitted())
+        row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | told
+        row |= field.of_successful(found, anomaly, ask.fitted())
         if ("CADet", encoder) != CADET and anomaly in cadet_pairs:
-            test = metrics.delong_test(*found[0], *cadet_pairs[anomaly], paired=paired)
+            test = metrics.delong_test(*found[0], *cadet_pairs[anomaly][0], paired=field.paired[anomaly])
             row |= dict(difference=test.difference, p_difference=test.p_value)
+            row |= ask.over("contrastive", anomaly, found, cadet_pairs[anomaly])
         rows.append(row | dict(tuned=False, seconds=seconds, forwards=float(detector.n_views)))
     return rows, pairs
 
@@ -213,7 +223,7 @@ def post_hoc_rows(
     encoder: str,
     field: Field,
     learned_from: Known,
-    cadet_pairs: Mapping[str, Pair],
+    cadet_pairs: Mapping[str, Sequence[Pair]],
     dtype: str = "float32",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] = print,
@@ -253,7 +263,7 @@ def odin_rows(
     field: Field,
     learned_from: Known,
     tuning: tuple[Tensor, Tensor],
-    cadet_pairs: Mapping[str, Pair],
+    cadet_pairs: Mapping[str, Sequence[Pair]],
     say: Callable[[str], None] = print,
 ) -> list[Row]:
     """ODIN at its published settings on every set and, under the name "ODIN tuned", tuned on attacks, on every attack.
@@ -286,7 +296,7 @@ def hu_rows(
     field: Field,
     learned_from: Known,
     tuning: tuple[Tensor, Tensor],
-    cadet_pairs: Mapping[str, Pair],
+    cadet_pairs: Mapping[str, Sequence[Pair]],
     settings: Mapping[str, Any],
     say: Callable[[str], None] = print,
 ) -> list[Row]:

@@ -25,6 +25,7 @@ from cadetlib import checks
 Array = NDArray[Any]
 Statistic = Callable[..., float]
 Kernel = Callable[..., Array]  # the same of counts: (..., n_values), (..., n_values) -> (...)
+Images = tuple[Any, Any]  # which image each in-distribution score is of, and each anomaly's: whole numbers (n,), (m,)
 
 _ROUNDING = 1e-12  # 0.07 * 100 = 7.000000000000001 is meant to be 7: relative errors below this are rounding, not intention
 _MAX_BYTES = 2**24  # of one chunk of replicates: more would fall out of the cache before it would save time
@@ -131,10 +132,11 @@ def _bins(in_scores: Array, out_scores: Array) -> tuple[Array, Array, Array]:
     return values, bins[: len(in_scores)], bins[len(in_scores) :]
 
 
-def _count(bins: Array, n_values: int) -> Array:
-    """How often each value occurs in each row: (B, n) -> (B, n_values) int64."""
+def _count(bins: Array, n_values: int, weights: Array | None = None) -> Array:
+    """How often each value occurs in each row, or the sum of its weights: (B, n), (B, n) -> (B, n_values)."""
     rows = n_values * np.arange(len(bins))[:, None]
-    return np.bincount((bins + rows).ravel(), minlength=len(bins) * n_values).reshape(len(bins), n_values)
+    flat = None if weights is None else weights.ravel()
+    return np.bincount((bins + rows).ravel(), flat, minlength=len(bins) * n_values).reshape(len(bins), n_values)
 
 
 def _of_counts(kernel: Kernel, in_scores: Any, out_scores: Any) -> float:
@@ -227,33 +229,48 @@ def _kernel(statistic: Statistic) -> Kernel | None:
     return _KERNELS.get(statistic)
 
 
-def _replicates(
-    statistic: Statistic, pairs: Sequence[tuple[Array, Array]], n_boot: int, seed: int, paired: bool = False
-) -> Array:
-    """`statistic` on `n_boot` resamplings, the same images for each pair of scores -> (len(pairs), n_boot) float64.
-
-    pairs: (in (n,), out (m,)) of the same images; n in-distribution and m anomalous images are drawn separately, unless `paired`.
-    """
-    n, m = (len(scores) for scores in pairs[0])
+def _as_images(n: int, m: int, paired: bool) -> Images:
+    """Which image each score of a pair is of, when anomaly i was made from in-distribution image i (`paired`) or from none."""
     if paired and n != m:
         raise ValueError(f"paired: found {n} in-distribution images and {m} anomalies, expected one made from each")
+    return np.arange(n), np.arange(m) + (0 if paired else n)
+
+
+def _replicates(
+    statistic: Statistic, pairs: Sequence[tuple[Array, Array]], images: Sequence[Images], n_boot: int, seed: int
+) -> Array:
+    """`statistic` of each pair of scores on `n_boot` resamplings of images, the same for all -> (len(pairs), n_boot) float64.
+
+    images: for each pair (in (n,), out (m,)), which image each score is of. Those that are in-distribution in some pair are one
+    sample, all others a second one; each is drawn by itself. NaN where none of a pair's images of a kind was drawn.
+    """
+    sample = np.unique(np.concatenate([ins for ins, _ in images]))
+    others = np.setdiff1d(np.concatenate([outs for _, outs in images]), sample)
+    every = np.concatenate([sample, others])
+    order = np.argsort(every)
+    places = [[order[np.searchsorted(every, some, sorter=order)] for some in both] for both in images]
     kernel = _kernel(statistic)
     binned = [_bins(*pair) for pair in pairs]
-    # One generator a kind, so that the draws do not depend on the size of a chunk.
-    in_draws, out_draws = (np.random.default_rng([checks.at_least(seed, "seed", 0), kind]) for kind in (0, 1))
-    step = max(1, _MAX_BYTES // (8 * (n + m)))
-    found = np.empty((len(pairs), checks.at_least(n_boot, "n_boot", 1)))
+    # One generator a sample, so that the draws do not depend on the size of a chunk.
+    draws = [np.random.default_rng([checks.at_least(seed, "seed", 0), kind]) for kind in (0, 1)]
+    step = max(1, _MAX_BYTES // (8 * len(every)))
+    found = np.full((len(pairs), checks.at_least(n_boot, "n_boot", 1)), math.nan)
     for start in range(0, n_boot, step):
         rows = min(step, n_boot - start)
-        chosen_in = in_draws.integers(n, size=(rows, n))
-        chosen_out = chosen_in if paired else out_draws.integers(m, size=(rows, m))
-        for k, (values, in_bins, out_bins) in enumerate(binned):
-            replicates = found[k, start : start + rows]
+        sizes = [(rng, len(some)) for rng, some in zip(draws, (sample, others), strict=True) if len(some)]
+        times = np.concatenate([_count(rng.integers(n, size=(rows, n)), n) for rng, n in sizes], axis=1)
+        for k, (values, *bins) in enumerate(binned):
+            drawn = [times[:, place] for place in places[k]]
+            there = np.flatnonzero(drawn[0].any(axis=1) & drawn[1].any(axis=1))
             if kernel is None:
-                a, b = pairs[k]
-                replicates[:] = [statistic(a[i], b[j]) for i, j in zip(chosen_in, chosen_out, strict=True)]
+                for row in there:
+                    found[k, start + row] = statistic(*(np.repeat(x, some[row]) for x, some in zip(pairs[k], drawn, strict=True)))
             else:
-                replicates[:] = kernel(_count(in_bins[chosen_in], len(values)), _count(out_bins[chosen_out], len(values)))
+                counts = (
+                    _count(np.broadcast_to(of, (len(there), len(of))), len(values), some[there])
+                    for of, some in zip(bins, drawn, strict=True)
+                )
+                found[k, start + there] = kernel(*counts)
     return found
 
 
@@ -301,7 +318,8 @@ def bootstrap_interval(
     Interval(low=1.0, high=1.0)
     """
     pair = _pair(in_scores, out_scores)
-    return _interval(_replicates(statistic, [pair], n_boot, seed, paired)[0], statistic(*pair), level, paired)
+    images = _as_images(len(pair[0]), len(pair[1]), paired)
+    return _interval(_replicates(statistic, [pair], [images], n_boot, seed)[0], statistic(*pair), level, paired)
 
 
 def splits_interval(
@@ -311,17 +329,23 @@ def splits_interval(
     n_boot: int = 1000,
     seed: int = 0,
     paired: bool = False,
+    images: Sequence[Images] | None = None,
+    fitted: float | None = None,
 ) -> SplitsInterval:
-    """Mean of a statistic over random splits of one pool into fitting and test images, with an interval for both draws.
+    """Mean of a statistic over S random splits of one pool into fitting and test images, with an interval for both draws.
 
-    pairs: (in_scores, out_scores) of each split; paired: as in `bootstrap_interval`, in each of them.
-    Test images: the splits test largely the same ones, so S of them are not S independent samples, and an interval that shrank
-    with their number would be too narrow. The mean of the splits' own bootstrap intervals is the interval of the mean when the
-    splits move together, and no narrower than it otherwise (the deviation of a mean is at most the mean of the deviations).
-    Fitting images: what their draw adds to the mean's variance is at most s^2 / S on average, s being the deviation from split
-    to split. The two variances are added and the interval stretched accordingly, with Student's t at the degrees of freedom that
-    Satterthwaite (1946) gives such a sum: a split or two tell little about s. With a single split, nothing is known of the
-    fitting images, and the interval is that of the test images. The encoder is held fixed.
+    pairs: (in_scores, out_scores) of each split.
+    images: for each split, which image each score is of, as whole numbers: (n,), (m,). The splits test the same images again and
+    again, so an image is drawn for all of them at once, together with the anomalies that have its number: those made from it.
+    Without `images`, the mean of the splits' own intervals, `paired` as in `bootstrap_interval`, which is never too narrow (the
+    deviation of a mean is at most the mean of the deviations), and too wide by what further splits tell.
+    fitted: the share of the pool that each split fits on, in [0, 1); 0: nothing is fitted on it; None: each split has fitting
+    images of its own. With s the deviation from split to split, what the draw of fitting images adds to the variance of the mean
+    is at most s^2 (1 / S + fitted / (1 - fitted)) on average: splits of one pool share fitting images, and s, which does not show
+    what they have in common, understates it (Nadeau and Bengio 2003, for test sets). It is added to the variance of the
+    bootstrap, and the interval stretched accordingly, with Student's t at the degrees of freedom that Satterthwaite (1946) gives
+    such a sum. With a single split, nothing is known of the fitting images, and the interval is that of the test images.
+    The encoder is held fixed.
     standard_deviation has S - 1 in the divisor and is NaN for a single split; minimum and maximum are over the splits.
 
     >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([5.0, 4.0], [1.0, 2.0])], n_boot=200)
@@ -332,7 +356,9 @@ def splits_interval(
         raise ValueError("pairs: found no split, expected at least one (in_scores, out_scores)")
     checked = [_pair(a, b, f"_scores of split {k}") for k, (a, b) in enumerate(pairs)]
     values = np.array([statistic(a, b) for a, b in checked])
-    found = _over_splits(values, [_replicates(statistic, [pair], n_boot, seed, paired)[0] for pair in checked], level, paired)
+    groups = _drawn_together([checked], images, paired)
+    replicates = [_replicates(statistic, some, of, n_boot, seed) for (some,), of in groups]
+    found = _over_splits(values, replicates, level, paired or _share_images(images), fitted)
     if _kernel(statistic) is None:
         return found
     return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))  # ours are shares
@@ -346,6 +372,8 @@ def splits_difference(
     n_boot: int = 1000,
     seed: int = 0,
     paired: bool = False,
+    images: Sequence[Images] | None = None,
+    fitted: float | None = None,
 ) -> SplitsInterval:
     """Mean over splits of the statistic of a minus that of b, which are scores of the same images, image by image, in each split.
 
@@ -359,25 +387,71 @@ def splits_difference(
     if not len(pairs_a) or len(pairs_a) != len(pairs_b):
         raise ValueError(f"found {len(pairs_a)} and {len(pairs_b)} splits, expected at least one and as many of a as of b")
     same = [_same_images(*a, *b) for a, b in zip(pairs_a, pairs_b, strict=True)]
+    both = [[a for a, _ in same], [b for _, b in same]]
     values = np.array([statistic(*a) - statistic(*b) for a, b in same])
-    replicates = [np.subtract(*_replicates(statistic, both, n_boot, seed, paired)) for both in same]
-    return _over_splits(values, replicates, level, paired)
+    replicates = []
+    for (some_a, some_b), of in _drawn_together(both, images, paired):
+        found = _replicates(statistic, [*some_a, *some_b], [*of, *of], n_boot, seed)
+        replicates.append(found[: len(of)] - found[len(of) :])
+    return _over_splits(values, replicates, level, paired or _share_images(images), fitted)
 
 
-def _over_splits(values: Array, replicates: Sequence[Array], level: float, paired: bool) -> SplitsInterval:
-    """Of a statistic's `values` (S,) and, for each of these splits, its bootstrap `replicates`."""
-    intervals = [_interval(some, value, level, paired) for some, value in zip(replicates, values, strict=True)]
-    low, high = _stretched(Interval(*np.mean(intervals, axis=0).tolist()), values, level)
+def _drawn_together(
+    scores: Sequence[Sequence[tuple[Array, Array]]], images: Sequence[Images] | None, paired: bool
+) -> list[tuple[list[Sequence[tuple[Array, Array]]], Sequence[Images]]]:
+    """Splits whose images are drawn at once, each with these images: all of them, or without `images` every split by itself.
+
+    scores: for each of one or two systems, its pair in each split.
+    """
+    if images is None:
+        alone = [_as_images(len(ins), len(outs), paired) for ins, outs in scores[0]]
+        return [([system[k : k + 1] for system in scores], [of]) for k, of in enumerate(alone)]
+    if paired:
+        raise ValueError("paired: found True beside images, which say what was made from what; expected one of the two")
+    if len(images) != len(scores[0]):
+        raise ValueError(f"images: found those of {len(images)} splits, expected those of {len(scores[0])}")
+    checked: list[Images] = []
+    for k, (both, pair) in enumerate(zip(images, scores[0], strict=True)):
+        numbers = tuple(np.asarray(checks.as_tensor(some, "images").cpu()) for some in both)
+        for name, found, wanted in zip(("in", "out"), numbers, pair, strict=True):
+            if found.shape != wanted.shape or found.dtype.kind not in "iu" or len(np.unique(found)) < len(found):
+                raise ValueError(
+                    f"images of split {k}, {name}: found {found.dtype}, {len(np.unique(found))} different ones, of shape "
+                    f"{found.shape}; expected a whole number for each of {len(wanted)} scores, none twice"
+                )
+        checked.append((numbers[0], numbers[1]))
+    return [(list(scores), checked)]
+
+
+def _share_images(images: Sequence[Images] | None) -> bool:
+    """Whether some anomaly was made from an image that is in-distribution in the same split."""
+    return any(bool(np.isin(outs, ins).any()) for ins, outs in images or [])
+
+
+def _over_splits(values: Array, replicates: Sequence[Array], level: float, paired: bool, fitted: float | None) -> SplitsInterval:
+    """Of a statistic's `values` (S,) and, for splits that are drawn together, their bootstrap replicates (some of S, n_boot)."""
+    intervals, first = [], 0
+    for some in replicates:
+        there = some[:, ~np.isnan(some).all(axis=0)]
+        value = float(values[first : first + len(some)].mean())
+        intervals.append(_interval(np.nanmean(there, axis=0), value, level, paired))
+        first += len(some)
+    low, high = _stretched(Interval(*np.mean(intervals, axis=0).tolist()), values, level, fitted)
     deviation = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     return SplitsInterval(float(values.mean()), low, high, deviation, float(values.min()), float(values.max()))
 
 
-def _stretched(interval: Interval, values: Array, level: float) -> Interval:
+def _stretched(interval: Interval, values: Array, level: float, fitted: float | None) -> Interval:
     """The interval of the mean of `values` (S,), one for each split, from the `interval` for the draw of test images alone."""
-    mean, half = float(values.mean()), (interval.high - interval.low) / 2
-    of_fitting = float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+    share = 0.0 if fitted is None else checks.not_negative(fitted, "fitted")
+    if share >= 1:
+        raise ValueError(f"fitted: found {fitted}, expected a share of the pool below 1")
+    if len(values) == 1 or fitted == 0:
+        return interval
+    of_fitting = float(values.var(ddof=1)) * (1 / len(values) + share / (1 - share))
     if of_fitting == 0:
         return interval
+    mean, half = float(values.mean()), (interval.high - interval.low) / 2
     total = (half / stats.norm.ppf((1 + level) / 2)) ** 2 + of_fitting
     freedom = (len(values) - 1) * (total / of_fitting) ** 2
     wanted = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
@@ -416,7 +490,8 @@ def paired_difference(
     1.0
     """
     pairs = _same_images(in_a, out_a, in_b, out_b)
-    a, b = _replicates(statistic, pairs, n_boot, seed, paired)
+    images = _as_images(len(pairs[0][0]), len(pairs[0][1]), paired)
+    a, b = _replicates(statistic, pairs, [images] * 2, n_boot, seed)
     difference = float(statistic(*pairs[0]) - statistic(*pairs[1]))
     shares = np.array([1 + int((a - b <= 0).sum()), 1 + int((a - b >= 0).sum())]) / (1 + n_boot)
     if paired:  # the level at which the interval ends at 0

@@ -51,6 +51,8 @@ def test_rows_agree_with_the_ablations(network):
     assert {row["anomaly"] for row in rows} == set(attacked) and {(row["factor"], row["value"]) for row in rows} == {("size", 8)}
     other = study.but(views=EvalViews(8, crop_scale=0.3)).rows("area", 0.3)
     assert other[0]["m_in"] != rows[0]["m_in"]
+    with pytest.raises(ValueError, match="found FGSM and random signs, expected two sets that were made from"):
+        attack_study.over_signs(experiments.Asker(sums, ask.paired | {"FGSM": False}, divisions), "FGSM", 4)
     with pytest.raises(ValueError, match="cw"):
         attack_study.attack_at(0.1, ["cw"], victim, images, labels, OF_04)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import attack_study, attacks, cadet, comparison, data, embed, encoders, experiments, hu, metrics
+from cadetlib import attack_study, attacks, cadet, claims, comparison, data, embed, encoders, experiments, hu, metrics
 from cadetlib.detectors import DETECTORS
 from cadetlib.experiments import IN_DISTRIBUTION
 from cadetlib.views import EvalViews
@@ -99,20 +99,39 @@ def test_an_attack_is_drawn_with_its_original_and_no_other_anomaly_is(world):
     clean, unseen = torch.randn(90, generator=generator), torch.randn(40, generator=generator) - 0.5
     scores = {IN_DISTRIBUTION: clean, "unseen": unseen, "FGSM": clean - 0.3 + 0.1 * torch.randn(90, generator=generator)}
     other = {name: s + 0.5 * torch.randn(len(s), generator=generator) for name, s in scores.items()}
-    theirs = {name: field.pairs(other, name)[0] for name in field.anomalies}
+    theirs = {name: field.pairs(other, name) for name in field.anomalies}
     for row in comparison.rows_of("ours", "contrastive", field, scores, theirs):
         pairs, paired = field.pairs(scores, row["anomaly"]), row["anomaly"] == "FGSM"
-        expected = metrics.splits_interval(pairs, n_boot=500, paired=paired)
+        images = [(d.test, d.test if paired else 100 + torch.arange(40)) for d in field.divisions]
+        expected = metrics.splits_interval(pairs, n_boot=500, images=images, fitted=0)
         assert (row["low"], row["high"]) == (expected.low, expected.high)
-        assert row["p_difference"] == metrics.delong_test(*pairs[0], *theirs[row["anomaly"]], paired).p_value
-    assert experiments.summary(field.pairs(scores, "FGSM"))["low"] < experiments.summary(field.pairs(scores, "FGSM"), True)["low"]
+        assert row["p_difference"] == metrics.delong_test(*pairs[0], *theirs[row["anomaly"]][0], paired).p_value
+    pairs = field.pairs(scores, "FGSM")
+    assert experiments.summary(pairs)["low"] < experiments.summary(pairs, field.images("FGSM"), 0)["low"]
     images = torch.rand(90, 3, 8, 8, generator=generator)
     sums = experiments.view_sums_of_sets(nn.Flatten(), {IN_DISTRIBUTION: images, "FGSM": images / 2}, EvalViews(8), [4])
     ask = experiments.Asker(sums, {"FGSM": True}, field.divisions)
-    with pytest.raises(ValueError, match="found FGSM and in-distribution, expected two sets that were made from"):
-        experiments.Asker(sums, {"FGSM": True, IN_DISTRIBUTION: False}, field.divisions).difference("FGSM", IN_DISTRIBUTION, 4)
-    expected = metrics.splits_interval(ask.pairs("FGSM", 4), n_boot=500, paired=True)
+    share = len(field.divisions[0].reference) / 90
+    expected = metrics.splits_interval(
+        ask.pairs("FGSM", 4), n_boot=500, images=[(d.test, d.test) for d in field.divisions], fitted=share
+    )
     assert (ask("FGSM", 4)["low"], ask("FGSM", 4)["high"]) == (expected.low, expected.high)
+
+
+def test_an_encoder_is_held_against_the_contrastive_one_over_all_splits(world):
+    _, _, field = world
+    torch.manual_seed(1)
+    networks = [encoders.ResNet("resnet10", 4, "cifar", 8).eval() for _ in range(2)]
+    sums = [experiments.view_sums_of_sets(net, field.sets, EvalViews(8), [4], say=lambda _: None) for net in networks]
+    detectors, cadet_pairs = [cadet.CADet(net, n_views=4, image_size=8) for net in networks], {}
+    first, _ = comparison.cadet_rows("contrastive", field, sums[0], detectors[0], cadet_pairs)
+    second, _ = comparison.cadet_rows("supervised", field, sums[1], detectors[1], cadet_pairs)
+    assert not any("over_contrastive" in row for row in first)
+    for a, b in zip(first, second, strict=True):
+        assert b["over_contrastive"] == pytest.approx(b["auroc"] - a["auroc"], abs=1e-9)
+        apart = (a["high"] - a["low"]) ** 2 + (b["high"] - b["low"]) ** 2
+        assert 0 < b["over_contrastive_high"] - b["over_contrastive_low"] < 1.5 * apart**0.5
+        assert claims.contrastive_better([a, b], {a["anomaly"]}).parts[0].high == -100 * b["over_contrastive_low"]
 
 
 def test_the_difference_to_cadet_is_on_the_same_images(rows):

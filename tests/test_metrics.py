@@ -177,6 +177,84 @@ def test_splits_interval_covers_where_independence_of_splits_would_not():
     assert narrow_covered / n_runs < 0.8  # what an interval of independent splits would do: the simulation can tell
 
 
+def pool_of_splits(rng, n_pool, n_fitted, n_splits):
+    """Splits of one pool of images with two features, and their attacks; scores weigh the second by the fitting images' mean.
+
+    So a few fitting images decide how well a whole split does, as X_val(1) does for CADet with some encoders.
+    """
+    clean = rng.normal([0, 1], 1, size=(n_pool, 2))
+    moved = 0.99 * clean + math.sqrt(1 - 0.99**2) * rng.normal(size=(n_pool, 2)) - [-0.3, 0.8]
+    pairs, images = [], []
+    for _ in range(n_splits):
+        order = rng.permutation(n_pool)
+        fitted, tested = order[:n_fitted], order[n_fitted:]
+        scores = [x[tested] @ [1, 0.7 * clean[fitted, 1].mean()] for x in (clean, moved)]
+        pairs.append(tuple(scores))
+        images.append((tested, tested))
+    return pairs, images
+
+
+def test_splits_of_one_pool_share_fitting_images_and_the_interval_knows():
+    """Ten splits that fit on a fifth of one pool each. Taken for ten draws of their own, they would seem to tell much more."""
+    rng, n_runs = np.random.default_rng(13), 300
+    truth = np.mean([metrics.auroc(*pool_of_splits(rng, 2020, 20, 1)[0][0]) for _ in range(600)])
+    covered, as_if_apart = 0, 0
+    for run in range(n_runs):
+        pairs, images = pool_of_splits(rng, 100, 20, 10)
+        low, high = metrics.splits_interval(pairs, n_boot=100, seed=run, images=images, fitted=0.2)[1:3]
+        covered += low <= truth <= high
+        low, high = metrics.splits_interval(pairs, n_boot=100, seed=run, images=images)[1:3]
+        as_if_apart += low <= truth <= high
+    assert 0.91 < covered / n_runs  # 95 %
+    assert as_if_apart / n_runs < 0.85
+
+
+def test_splits_that_test_the_same_images_tell_as_much_as_their_images():
+    """Nothing fitted. Twenty splits have tested all hundred images; each alone knows thirty, and so does the mean of theirs."""
+    rng, n_runs, covered, width, apart = np.random.default_rng(14), 200, 0, 0.0, 0.0
+    truth = stats.norm.cdf(0.3 / math.sqrt(2))
+    for run in range(n_runs):
+        clean, moved, _ = attacked(rng, 100, together=0.9, shift=0.3)
+        tested = [rng.permutation(100)[:30] for _ in range(20)]
+        pairs, images = [(clean[i], moved[i]) for i in tested], [(i, i) for i in tested]
+        found = metrics.splits_interval(pairs, n_boot=100, seed=run, images=images, fitted=0)
+        covered, width = covered + (found.low <= truth <= found.high), width + found.high - found.low
+        one_by_one = metrics.splits_interval(pairs, n_boot=100, seed=run, paired=True, fitted=0)
+        apart += one_by_one.high - one_by_one.low
+    assert 0.9 < covered / n_runs
+    assert width < 0.7 * apart
+
+
+@pytest.mark.parametrize("statistic", [metrics.auroc, metrics.aupr, metrics.fpr_at_tpr])
+def test_images_drawn_for_all_splits_equal_a_loop_over_replicates(statistic):
+    """Two splits with an image of each other and one they share, an attack made from each, and an anomaly of neither."""
+    rng = np.random.default_rng(15)
+    images = [(np.array([4, 0, 2]), np.array([4, 0, -1])), (np.array([7, 4]), np.array([-1, 7, 4]))]
+    pairs = [tuple(np.round(rng.normal(size=len(some)), 1) for some in both) for both in images]
+    found = metrics._replicates(statistic, pairs, images, 200, seed=3)
+    sample, others = [0, 2, 4, 7], [-1]
+    draws = [np.random.default_rng([3, kind]).integers(n, size=(200, n)) for kind, n in ((0, 4), (1, 1))]
+    for b in range(200):
+        drawn = [sample[i] for i in draws[0][b]] + [others[i] for i in draws[1][b]]
+        for k, (pair, of) in enumerate(zip(pairs, images, strict=True)):
+            chosen = [[x for i in drawn for x, image in zip(scores, some, strict=True) if image == i]
+                      for scores, some in zip(pair, of, strict=True)]  # fmt: skip
+            expected = statistic(*chosen) if all(chosen) else math.nan
+            assert found[k, b] == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(found).any() and not np.isnan(found).all(axis=0).all()
+    low, high = metrics.splits_interval(pairs, statistic, n_boot=200, seed=3, images=images, fitted=0)[1:3]
+    assert low <= np.mean([statistic(*pair) for pair in pairs]) <= high
+
+
+def test_one_split_with_its_images_is_the_bootstrap_of_its_pair():
+    rng = np.random.default_rng(16)
+    for paired in (True, False):
+        a, b = binormal(rng, 30, 30)
+        images = [(np.arange(30), np.arange(30) + (0 if paired else 30))]
+        found = metrics.splits_interval([(a, b)], n_boot=90, images=images, fitted=0.2)
+        assert (found.low, found.high) == metrics.bootstrap_interval(a, b, n_boot=90, paired=paired)
+
+
 def test_splits_interval_reports_the_mean_and_the_spread():
     rng = np.random.default_rng(3)
     pairs = [binormal(rng, 30, 20) for _ in range(4)]
@@ -320,6 +398,7 @@ def test_benjamini_hochberg_is_the_step_up_rule(twentieths, q):
 
 
 GOOD = [0.1, 0.2, 0.3]
+NUMBERS = np.arange(3)
 
 
 @pytest.mark.parametrize("function", [*STATISTICS, metrics.roc_curve, metrics.bootstrap_interval])
@@ -349,6 +428,18 @@ def test_scores_that_are_none_are_named(function, bad):
         (lambda: metrics.splits_difference([(GOOD, GOOD)], []), "found 1 and 0 splits, expected at least one"),
         (lambda: metrics.splits_difference([(GOOD, GOOD)], [(GOOD[:2], GOOD)]), "found 3 in_a and 2 in_b, expected"),
         (lambda: metrics.splits_interval([(GOOD, GOOD), (GOOD, [])]), "out_scores of split 1: found 0 values"),
+        (lambda: metrics.splits_interval([(GOOD, GOOD)], fitted=1), "fitted: found 1, expected a share of the pool below 1"),
+        (lambda: metrics.splits_interval([(GOOD, GOOD)], images=[]), "images: found those of 0 splits, expected those of 1"),
+        (
+            lambda: metrics.splits_interval([(GOOD, GOOD)], images=[(NUMBERS, NUMBERS[:2])]),
+            r"of split 0, out: found int64, 2 different ones, of shape \(2,\); expected a whole number for each of 3 scores",
+        ),
+        (lambda: metrics.splits_interval([(GOOD, GOOD)], images=[(NUMBERS * 0, NUMBERS)]), "in: found int64, 1 different ones"),
+        (lambda: metrics.splits_interval([(GOOD, GOOD)], images=[(NUMBERS * 0.5, NUMBERS)]), "in: found float64"),
+        (
+            lambda: metrics.splits_difference([(GOOD, GOOD)], [(GOOD, GOOD)], images=[(NUMBERS, NUMBERS)], paired=True),
+            "paired: found True beside images",
+        ),
         (lambda: metrics.paired_difference(GOOD, GOOD, GOOD[:2], GOOD), "found 3 in_a and 2 in_b, expected"),
         (lambda: metrics.delong_test(GOOD, GOOD, GOOD, GOOD[:2]), "found 3 out_a and 2 out_b, expected"),
         (lambda: metrics.delong_test([1.0], GOOD, [1.0], GOOD), "in_a: found 1 values, expected at least 2"),

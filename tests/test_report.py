@@ -676,6 +676,8 @@ def test_few_views_may_cost_two_points_where_all_see_something(few, verdict):
     claim = claims.few_views_suffice(rows)
     assert claim.verdict == verdict and [part.name for part in claim.parts] == ["PGD"]
     assert claim.parts[0].value == pytest.approx(100 * (few - 0.9))
+    same_images = [r | dict(over_most_views=few - 0.9, over_most_views_low=-0.019, over_most_views_high=0.0) for r in rows]
+    assert claims.few_views_suffice(same_images).verdict == "confirmed here"
     assert claims.few_views_suffice(rows[:1]).verdict == "not tested here"
 
 
@@ -684,6 +686,8 @@ def test_each_similarity_has_its_own_anomalies():
     rows += [row(0.6, anomaly="circles", score="m_in alone"), row(0.9, anomaly="circles", score="m_out alone")]
     assert claims.similarities_divide_the_work(rows, {"PGD"}).verdict == "confirmed here"
     assert claims.similarities_divide_the_work(rows, {"circles"}).verdict == "not confirmed here"
+    wide = [r | dict(over_other=0.1, over_other_low=-0.1, over_other_high=0.3) for r in rows]
+    assert claims.similarities_divide_the_work(wide, {"PGD"}).verdict == "undecided"
 
 
 def test_calibrated_p_values_pass_and_others_do_not():
