@@ -241,7 +241,7 @@ def contrastive_better(rows: Sequence[Row], attacks: Collection[str]) -> Claim:
     for name in (name for name in ours if name in others):
         mine, theirs = _printed("contrastive", name), _printed("supervised", name)
         gain = mine - theirs if mine is not None and theirs is not None else None
-        lost = difference(others[name], ours[name], name, over="contrastive")
+        lost = difference(others[name], ours[name], name, over="cadet")
         parts.append(Part(name, -lost.value, -lost.high, -lost.low, gain))
     return Claim(
         "table-4",

@@ -65,6 +65,21 @@ class Field:
         """Which image each of these scores is of: see `experiments.images_of_splits`."""
         return experiments.images_of_splits(self.divisions, self.paired[anomaly], len(self.sets[anomaly]))
 
+    @property
+    def fitted(self) -> float:
+        """The share of the held-out images that CADet is fitted on: see `experiments.Asker.fitted`."""
+        return len(self.divisions[0].reference) / len(self.sets[IN_DISTRIBUTION])
+
+    def over_cadet(self, pairs: Sequence[Pair], anomaly: str, theirs: Sequence[Pair]) -> Row:
+        """A system's AUROC minus CADet's on the images that both have scored: `over_cadet`, its `_low` and `_high`.
+
+        Over splits, the interval counts the draws of test images and of those CADet is fitted on. A system that was asked on the
+        first split, and on the first of its images, is compared there alone, for these fits.
+        """
+        shared = [(a[: len(x)], b[: len(y)]) for (a, b), (x, y) in zip(theirs, pairs, strict=False)]
+        found = metrics.splits_difference(pairs, shared, n_boot=500, images=self.images(anomaly), fitted=self.fitted)
+        return experiments.difference_over("cadet", found)
+
     def first(self, n: int, anomalies: Sequence[str]) -> Field:
         """The first n test images of the first split and what belongs to them: a small field for systems that are slow.
 
@@ -140,11 +155,10 @@ def known(encoder: nn.Module, file: str | Path, training: data.ImageSet, size: i
 def rows_of(
     system: str, encoder: str, field: Field, scores: Scores, cadet_pairs: Mapping[str, Sequence[Pair]], **about: Any
 ) -> list[Row]:
-    """A row for each anomaly that was scored: `experiments.summary`, and how CADet compares on the first split's images.
+    """A row for each anomaly that was scored: `experiments.summary`, and by how much its AUROC is `over_cadet`.
 
-    cadet_pairs: anomaly -> scores of CADet, split by split; `difference` is this system's AUROC minus CADet's on the first one,
-    with DeLong's p-value, on the images that both have scored. For the interval, nothing is fitted on the held-out images: these
-    systems learn from others, and Hu et al.'s, which learns from calibration images, is asked on one split only.
+    cadet_pairs: anomaly -> scores of CADet, split by split. For the row's own interval, nothing is fitted on held-out images:
+    these systems learn from others, and Hu et al.'s, which learns from calibration images, is asked on one split only.
 
     >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "dark": torch.rand(5, 3, 8, 8) / 4}
     >>> field = Field(sets, {"dark": False}, experiments.splits(12, 1, n_reference=4, n_calibration=4))
@@ -160,9 +174,7 @@ def rows_of(
         row: Row = dict(detector=system, encoder=encoder, anomaly=anomaly) | found | about
         row |= field.of_successful(pairs, anomaly, fitted=0)
         if anomaly in cadet_pairs and (system, encoder) != CADET:
-            (normal, odd), theirs = pairs[0], cadet_pairs[anomaly][0]
-            test = metrics.delong_test(normal, odd, theirs[0][: len(normal)], theirs[1][: len(odd)], field.paired[anomaly])
-            row |= dict(difference=test.difference, p_difference=test.p_value)
+            row |= field.over_cadet(pairs, anomaly, cadet_pairs[anomaly])
         rows.append(row)
     return rows
 
@@ -189,8 +201,7 @@ def cadet_rows(
 ) -> tuple[list[Row], dict[str, list[Pair]]]:
     """The rows of CADet from view sums already made, and its scores: anomaly -> pairs, split by split.
 
-    Those of the contrastive encoder, which come first, fill `cadet_pairs`; by how much the AUROC with another encoder exceeds
-    theirs is its `over_contrastive`, with its interval over splits.
+    Those of the contrastive encoder, which come first, fill `cadet_pairs`.
 
     >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "noise": torch.rand(5, 3, 8, 8)}
     >>> field = Field(sets, {"noise": False}, experiments.splits(12, 2, n_reference=4, n_calibration=4))
@@ -207,13 +218,11 @@ def cadet_rows(
     seconds = seconds_per_image(detector.view_sums, field.sets[IN_DISTRIBUTION])
     rows = []
     for anomaly, found in pairs.items():
-        told = experiments.summary(found, field.images(anomaly), ask.fitted())
+        told = experiments.summary(found, field.images(anomaly), field.fitted)
         row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | told
-        row |= field.of_successful(found, anomaly, ask.fitted())
+        row |= field.of_successful(found, anomaly, field.fitted)
         if ("CADet", encoder) != CADET and anomaly in cadet_pairs:
-            test = metrics.delong_test(*found[0], *cadet_pairs[anomaly][0], paired=field.paired[anomaly])
-            row |= dict(difference=test.difference, p_difference=test.p_value)
-            row |= ask.over("contrastive", anomaly, found, cadet_pairs[anomaly])
+            row |= field.over_cadet(found, anomaly, cadet_pairs[anomaly])
         rows.append(row | dict(tuned=False, seconds=seconds, forwards=float(detector.n_views)))
     return rows, pairs
 

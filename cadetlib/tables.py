@@ -18,7 +18,6 @@ Row = Mapping[str, Any]
 PAPER_ATTACKS = {"FGSM": "FGSM", "PGD": "PGD", "CW-L2": "CW", "CW-L2-ball": "CW", "CW-Linf": "CW"}
 UNSEEN = ("iNaturalist", "ImageNet-O")
 PAPER_N_PERM = 100  # splits per test behind Table 2, whose ceiling is 1 - 0.5 / 101
-SIGNIFICANT = 0.05  # p-value of a difference to CADet below which a table says so
 
 
 def percent(row: Row) -> str:
@@ -154,16 +153,16 @@ def table_3_and_4(rows: Sequence[Row]) -> pd.DataFrame:
     return _wide(cells, ("detector", "encoder", ""))
 
 
-def significance(row: Row) -> str:
-    """How a system stands to CADet on the same images: "+1.2 (p = 0.03)", in percentage points of AUROC; "" for CADet itself.
+def to_cadet(row: Row) -> str:
+    """How a system stands to CADet on the same images: "+1.2 [0.3, 2.1]", in percentage points of AUROC; "" for CADet itself.
 
-    >>> significance(dict(difference=-0.012, p_difference=0.03)), significance(dict(detector="CADet"))
-    ('−1.2 (p = 0.03)', '')
+    >>> to_cadet(dict(over_cadet=-0.012, over_cadet_low=-0.03, over_cadet_high=0.006)), to_cadet(dict(detector="CADet"))
+    ('−1.2 [−3.0, +0.6]', '')
     """
-    if "difference" not in row:
+    if "over_cadet" not in row:
         return ""
-    p = row["p_difference"]
-    return f"{100 * row['difference']:+.1f} ({'p < 0.001' if p < 0.001 else f'p = {p:.2g}'})".replace("-", "−")
+    value, low, high = (f"{100 * row[f'over_cadet{end}']:+.1f}".replace("-", "−") for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
 
 
 def details(rows: Sequence[Row]) -> pd.DataFrame:
@@ -181,7 +180,7 @@ def details(rows: Sequence[Row]) -> pd.DataFrame:
             "AUROC (%)": percent(row),
             "AUPR": f"{row['aupr']:.3f}",
             "FPR95": f"{row['fpr95']:.3f}",
-            "AUROC − CADet's": significance(row),
+            "AUROC − CADet's": to_cadet(row),
             "ms / image": f"{1000 * row['seconds']:.3g}",
             "passes / image": f"{row['forwards']:.4g}",
             "images": f"{row['n_in']} + {row['n_out']}",
@@ -491,11 +490,13 @@ def detection_layout(rows: Sequence[Row], number: int, judged: bool = True) -> L
 
 
 def _note(row: Row) -> str:
-    """The verdict beside the paper's number, where there is one, and the difference to CADet, where it is more than noise."""
+    """The verdict beside the paper's number, where there is one, and on which side of CADet it is, where that is sure."""
     value = paper_value(row["detector"], row["encoder"], row["anomaly"])[0]
     notes = [verdict(row, value)] if value is not None else []
-    if "difference" in row and row["p_difference"] < SIGNIFICANT:
-        notes.append("beats CADet" if row["difference"] > 0 else "below CADet")
+    if row.get("over_cadet_low", 0) > 0:
+        notes.append("beats CADet")
+    if row.get("over_cadet_high", 0) < 0:
+        notes.append("below CADet")
     return ", ".join(notes)
 
 

@@ -93,7 +93,7 @@ def test_a_row_is_the_mean_over_splits_of_its_own_images(world, rows):
 
 
 def test_an_attack_is_drawn_with_its_original_and_no_other_anomaly_is(world):
-    """In the interval, and in DeLong's test; also where CADet alone is asked."""
+    """In the intervals of an AUROC and of its difference to CADet's; also where CADet alone is asked."""
     _, _, field = world
     generator = torch.Generator().manual_seed(0)
     clean, unseen = torch.randn(90, generator=generator), torch.randn(40, generator=generator) - 0.5
@@ -105,7 +105,8 @@ def test_an_attack_is_drawn_with_its_original_and_no_other_anomaly_is(world):
         images = [(d.test, d.test if paired else 100 + torch.arange(40)) for d in field.divisions]
         expected = metrics.splits_interval(pairs, n_boot=500, images=images, fitted=0)
         assert (row["low"], row["high"]) == (expected.low, expected.high)
-        assert row["p_difference"] == metrics.delong_test(*pairs[0], *theirs[row["anomaly"]][0], paired).p_value
+        over = metrics.splits_difference(pairs, theirs[row["anomaly"]], n_boot=500, images=images, fitted=20 / 90)
+        assert (row["over_cadet"], row["over_cadet_low"], row["over_cadet_high"]) == over[:3]
     pairs = field.pairs(scores, "FGSM")
     assert experiments.summary(pairs)["low"] < experiments.summary(pairs, field.images("FGSM"), 0)["low"]
     images = torch.rand(90, 3, 8, 8, generator=generator)
@@ -126,21 +127,21 @@ def test_an_encoder_is_held_against_the_contrastive_one_over_all_splits(world):
     detectors, cadet_pairs = [cadet.CADet(net, n_views=4, image_size=8) for net in networks], {}
     first, _ = comparison.cadet_rows("contrastive", field, sums[0], detectors[0], cadet_pairs)
     second, _ = comparison.cadet_rows("supervised", field, sums[1], detectors[1], cadet_pairs)
-    assert not any("over_contrastive" in row for row in first)
+    assert not any("over_cadet" in row for row in first)
     for a, b in zip(first, second, strict=True):
-        assert b["over_contrastive"] == pytest.approx(b["auroc"] - a["auroc"], abs=1e-9)
+        assert b["over_cadet"] == pytest.approx(b["auroc"] - a["auroc"], abs=1e-9)
         apart = (a["high"] - a["low"]) ** 2 + (b["high"] - b["low"]) ** 2
-        assert 0 < b["over_contrastive_high"] - b["over_contrastive_low"] < 1.5 * apart**0.5
-        assert claims.contrastive_better([a, b], {a["anomaly"]}).parts[0].high == -100 * b["over_contrastive_low"]
+        assert 0 < b["over_cadet_high"] - b["over_cadet_low"] < 1.5 * apart**0.5
+        assert claims.contrastive_better([a, b], {a["anomaly"]}).parts[0].high == -100 * b["over_cadet_low"]
 
 
 def test_the_difference_to_cadet_is_on_the_same_images(rows):
     for anomaly in ("unseen", "FGSM"):
         ours, theirs = of(rows, "CADet", anomaly), of(rows, "kNN", anomaly)
-        assert theirs["difference"] == pytest.approx(theirs["splits"][0] - ours["splits"][0], abs=1e-9)
-        assert 0 <= theirs["p_difference"] <= 1 and "difference" not in ours
+        assert theirs["over_cadet"] == pytest.approx(theirs["auroc"] - ours["auroc"], abs=1e-9)
+        assert theirs["over_cadet_low"] < theirs["over_cadet_high"] and "over_cadet" not in ours
     hu = of(rows, "Hu", "FGSM")
-    assert (hu["n_in"], hu["n_out"]) == (15, 15) and "difference" in hu
+    assert (hu["n_in"], hu["n_out"]) == (15, 15) and "over_cadet" in hu
 
 
 def test_no_score_depends_on_what_else_is_asked(world, rows):
