@@ -256,6 +256,18 @@ def attacks_seen(rows: Sequence[Row], encoder: str) -> list[str]:
     return paragraphs
 
 
+def draws(rows: Sequence[Row]) -> pd.DataFrame:
+    """What the draw of each kind of image moves (`experiments.by_draw`): percentage points of AUROC, by set and encoder.
+
+    >>> row = dict(anomaly="PGD", encoder="contrastive", reference=0.014, calibration=0.003, test=0.013)
+    >>> draws([row | dict(n_reference=200, n_calibration=500, n_test=300)]).loc[("PGD", "contrastive")].tolist()
+    [1.4, 0.3, 1.3]
+    """
+    kinds = {f"{kind} ({rows[0][f'n_{kind}']})": kind for kind in ("reference", "calibration", "test")}
+    cells = [dict(anomaly=r["anomaly"], encoder=r["encoder"]) | {k: 100 * r[v] for k, v in kinds.items()} for r in rows]
+    return pd.DataFrame(cells).set_index(["anomaly", "encoder"]).sort_index(level=0, sort_remaining=False).round(1)
+
+
 def table_5(columns: Mapping[str, Row]) -> pd.DataFrame:
     """Mean and variance of m_in and m_out for each set, with intervals, in the paper's layout; set -> moments.
 

@@ -131,6 +131,26 @@ def test_the_score_is_made_of_its_parts():
     assert row["low"] <= row["auroc"] <= row["high"] and len(row["splits"]) == 3
 
 
+def test_what_the_draw_of_images_moves_is_what_fresh_images_move():
+    """AUROCs with other reference, calibration and test images each time, from a pool that is never used up."""
+    normal, odd = unit_sums(12_000, 0), unit_sums(200, 1, shift=0.5)
+    ask = experiments.Asker({"in-distribution": normal[:1000], "odd": odd}, {"odd": False}, experiments.splits(1000, 10, 3, 500))
+    (row,) = experiments.by_draw(ask, 4, n_draws=20)
+    assert (row["n_reference"], row["n_calibration"], row["n_test"]) == (3, 500, 497)
+    fixed = dict(reference=torch.arange(3), calibration=torch.arange(3, 503), test=torch.arange(503, 1000))
+    fresh = dict(reference=torch.arange(1000, 2500).split(3), calibration=torch.arange(1000, 12_000).split(500))
+    for kind, drawn in fresh.items():
+        divisions = [experiments.Split(**{**fixed, kind: some}) for some in drawn]
+        pairs = experiments.pairs_of_splits(normal, odd, False, divisions, 4)
+        expected = np.std([metrics.auroc(*pair) for pair in pairs], ddof=1)
+        assert row[kind] == pytest.approx(expected, rel=0.4)  # which depends a little on the other images too
+    pair = experiments.pairs_of_splits(normal, odd, False, [experiments.Split(**fixed)], 4)[0]
+    low, high = metrics.bootstrap_interval(*pair)
+    assert row["test"] == pytest.approx((high - low) / 3.92, rel=0.2)
+    more = experiments.splits(1000, 10, 100, 500)
+    assert experiments.by_draw(experiments.Asker(ask.sums, ask.paired, more), 4)[0]["reference"] < 0.4 * row["reference"]
+
+
 def test_table_5_is_the_mean_over_splits_with_intervals_over_images():
     """Against the normal theory of a mean and of a variance, whose standard error holds the fourth moment."""
     sums = {"in-distribution": unit_sums(600, 0), "odd": unit_sums(400, 1, shift=0.5)}
