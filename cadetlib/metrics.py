@@ -26,6 +26,8 @@ Array = NDArray[Any]
 Statistic = Callable[..., float]
 Kernel = Callable[..., Array]  # the same of counts: (..., n_values), (..., n_values) -> (...)
 Images = tuple[Any, Any]  # which image each in-distribution score is of, and each anomaly's: whole numbers (n,), (m,)
+Pairs = Sequence[tuple[Array, Array]]  # in-distribution scores and anomalies' of each split
+Group = tuple[list[Pairs], Sequence[Images]]  # splits that are drawn at once: the pairs of each system, and their images
 
 _ROUNDING = 1e-12  # 0.07 * 100 = 7.000000000000001 is meant to be 7: relative errors below this are rounding, not intention
 _MAX_BYTES = 2**24  # of one chunk of replicates: more would fall out of the cache before it would save time
@@ -236,9 +238,7 @@ def _as_images(n: int, m: int, paired: bool) -> Images:
     return np.arange(n), np.arange(m) + (0 if paired else n)
 
 
-def _replicates(
-    statistic: Statistic, pairs: Sequence[tuple[Array, Array]], images: Sequence[Images], n_boot: int, seed: int
-) -> Array:
+def _replicates(statistic: Statistic, pairs: Pairs, images: Sequence[Images], n_boot: int, seed: int) -> Array:
     """`statistic` of each pair of scores on `n_boot` resamplings of images, the same for all -> (len(pairs), n_boot) float64.
 
     images: for each pair (in (n,), out (m,)), which image each score is of. Those that are in-distribution in some pair are one
@@ -358,7 +358,7 @@ def splits_interval(
     values = np.array([statistic(a, b) for a, b in checked])
     groups = _drawn_together([checked], images, paired)
     replicates = [_replicates(statistic, some, of, n_boot, seed) for (some,), of in groups]
-    found = _over_splits(values, replicates, level, paired or _share_images(images), fitted)
+    found = _over_splits(values, replicates, level, _some_paired(groups), fitted)
     if _kernel(statistic) is None:
         return found
     return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))  # ours are shares
@@ -389,23 +389,21 @@ def splits_difference(
     same = [_same_images(*a, *b) for a, b in zip(pairs_a, pairs_b, strict=True)]
     both = [[a for a, _ in same], [b for _, b in same]]
     values = np.array([statistic(*a) - statistic(*b) for a, b in same])
-    replicates = []
-    for (some_a, some_b), of in _drawn_together(both, images, paired):
+    groups, replicates = _drawn_together(both, images, paired), []
+    for (some_a, some_b), of in groups:
         found = _replicates(statistic, [*some_a, *some_b], [*of, *of], n_boot, seed)
         replicates.append(found[: len(of)] - found[len(of) :])
-    return _over_splits(values, replicates, level, paired or _share_images(images), fitted)
+    return _over_splits(values, replicates, level, _some_paired(groups), fitted)
 
 
-def _drawn_together(
-    scores: Sequence[Sequence[tuple[Array, Array]]], images: Sequence[Images] | None, paired: bool
-) -> list[tuple[list[Sequence[tuple[Array, Array]]], Sequence[Images]]]:
+def _drawn_together(scores: Sequence[Pairs], images: Sequence[Images] | None, paired: bool) -> list[Group]:
     """Splits whose images are drawn at once, each with these images: all of them, or without `images` every split by itself.
 
     scores: for each of one or two systems, its pair in each split.
     """
     if images is None:
         alone = [_as_images(len(ins), len(outs), paired) for ins, outs in scores[0]]
-        return [([system[k : k + 1] for system in scores], [of]) for k, of in enumerate(alone)]
+        return [([pairs[k : k + 1] for pairs in scores], [of]) for k, of in enumerate(alone)]
     if paired:
         raise ValueError("paired: found True beside images, which say what was made from what; expected one of the two")
     if len(images) != len(scores[0]):
@@ -423,9 +421,9 @@ def _drawn_together(
     return [(list(scores), checked)]
 
 
-def _share_images(images: Sequence[Images] | None) -> bool:
+def _some_paired(groups: Sequence[Group]) -> bool:
     """Whether some anomaly was made from an image that is in-distribution in the same split."""
-    return any(bool(np.isin(outs, ins).any()) for ins, outs in images or [])
+    return any(bool(np.isin(outs, ins).any()) for _, images in groups for ins, outs in images)
 
 
 def _over_splits(values: Array, replicates: Sequence[Array], level: float, paired: bool, fitted: float | None) -> SplitsInterval:
