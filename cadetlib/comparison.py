@@ -65,11 +65,6 @@ class Field:
         """Which image each of these scores is of: see `experiments.images_of_splits`."""
         return experiments.images_of_splits(self.divisions, self.paired[anomaly], len(self.sets[anomaly]))
 
-    @property
-    def fitted(self) -> float:
-        """The share of the held-out images that CADet is fitted on: see `experiments.Asker.fitted`."""
-        return len(self.divisions[0].reference) / len(self.sets[IN_DISTRIBUTION])
-
     def over_cadet(self, pairs: Sequence[Pair], anomaly: str, theirs: Sequence[Pair]) -> Row:
         """A system's AUROC minus CADet's on the images that both have scored: `over_cadet`, its `_low` and `_high`.
 
@@ -77,7 +72,8 @@ class Field:
         first split, and on the first of its images, is compared there alone, for these fits.
         """
         shared = [(a[: len(x)], b[: len(y)]) for (a, b), (x, y) in zip(theirs, pairs, strict=False)]
-        found = metrics.splits_difference(pairs, shared, n_boot=500, images=self.images(anomaly), fitted=self.fitted)
+        fitted = experiments.fitted_share(self.divisions, len(self.sets[IN_DISTRIBUTION]))
+        found = metrics.splits_difference(pairs, shared, n_boot=500, images=self.images(anomaly), fitted=fitted)
         return experiments.difference_over("cadet", found)
 
     def first(self, n: int, anomalies: Sequence[str]) -> Field:
@@ -218,9 +214,9 @@ def cadet_rows(
     seconds = seconds_per_image(detector.view_sums, field.sets[IN_DISTRIBUTION])
     rows = []
     for anomaly, found in pairs.items():
-        told = experiments.summary(found, field.images(anomaly), field.fitted)
+        told = experiments.summary(found, field.images(anomaly), ask.fitted())
         row: Row = dict(detector="CADet", encoder=encoder, anomaly=anomaly) | told
-        row |= field.of_successful(found, anomaly, field.fitted)
+        row |= field.of_successful(found, anomaly, ask.fitted())
         if ("CADet", encoder) != CADET and anomaly in cadet_pairs:
             row |= field.over_cadet(found, anomaly, cadet_pairs[anomaly])
         rows.append(row | dict(tuned=False, seconds=seconds, forwards=float(detector.n_views)))

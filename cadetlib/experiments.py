@@ -433,6 +433,18 @@ def images_of_splits(divisions: Sequence[Split], paired: bool, n_anomalies: int)
     return [(division.test, division.test if paired else own) for division in divisions]
 
 
+def fitted_share(divisions: Sequence[Split], n_held_out: int, n_reference: int = 0) -> float:
+    """The share of the held-out images that a split is fitted on, as `metrics.splits_interval` asks: the mean of both kinds'.
+
+    That is right where the draws of reference and of calibration images move an AUROC alike, and more than is needed where those
+    of the smaller kind, the reference images, move it more, as they do with most encoders (`by_draw`).
+
+    >>> fitted_share(splits(10, 3, n_reference=2, n_calibration=4), n_held_out=10)
+    0.3
+    """
+    return ((n_reference or len(divisions[0].reference)) + len(divisions[0].calibration)) / 2 / n_held_out
+
+
 def m_in_only(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
     """The intra-similarity alone, as a score.
 
@@ -797,11 +809,8 @@ class Asker:
         return images_of_splits(self.divisions, self.paired[anomaly], len(self.sums[anomaly]))
 
     def fitted(self, n_reference: int = 0) -> float:
-        """The share of the held-out images that are reference images of a split.
-
-        The calibration images are not counted: they give gamma alone, and their draw moves AUROCs far less (`by_draw`).
-        """
-        return (n_reference or len(self.divisions[0].reference)) / len(self.sums[IN_DISTRIBUTION])
+        """`fitted_share` of these splits."""
+        return fitted_share(self.divisions, len(self.sums[IN_DISTRIBUTION]), n_reference)
 
     def over(self, name: str, anomaly: str, pairs: Sequence[Pair], others: Sequence[Pair], n_boot: int = 500) -> Row:
         """By how much the AUROC of `pairs` exceeds that of `others`, the same images' otherwise, with its interval.

@@ -339,13 +339,13 @@ def splits_interval(
     again, so an image is drawn for all of them at once, together with the anomalies that have its number: those made from it.
     Without `images`, the mean of the splits' own intervals, `paired` as in `bootstrap_interval`, which is never too narrow (the
     deviation of a mean is at most the mean of the deviations), and too wide by what further splits tell.
-    fitted: the share of the pool that each split fits on, in [0, 1); 0: nothing is fitted on it; None: each split has fitting
-    images of its own. With s the deviation from split to split, what the draw of fitting images adds to the variance of the mean
-    is at most s^2 (1 / S + fitted / (1 - fitted)) on average: splits of one pool share fitting images, and s, which does not show
-    what they have in common, understates it (Nadeau and Bengio 2003, for test sets). It is added to the variance of the
-    bootstrap, and the interval stretched accordingly, with Student's t at the degrees of freedom that Satterthwaite (1946) gives
-    such a sum. With a single split, nothing is known of the fitting images, and the interval is that of the test images.
-    The encoder is held fixed.
+    fitted: the share of the pool that each split fits on, in [0, 1), of several kinds of fitting images the mean of their shares;
+    0: nothing is fitted on it; None: each split has fitting images of its own. With s the deviation from split to split, what the
+    draw of fitting images adds to the variance of the mean is at most s^2 (1 / S + fitted / (1 - fitted)) on average: splits of
+    one pool share fitting images, and s, which does not show what they have in common, understates it (Nadeau and Bengio 2003,
+    for test sets). It is added to the variance of the bootstrap, and the interval stretched accordingly, with Student's t at the
+    degrees of freedom that Satterthwaite (1946) gives such a sum. With a single split, nothing is known of the fitting images,
+    and the interval is that of the test images. The encoder is held fixed.
     standard_deviation has S - 1 in the divisor and is NaN for a single split; minimum and maximum are over the splits.
 
     >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([5.0, 4.0], [1.0, 2.0])], n_boot=200)
