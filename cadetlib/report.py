@@ -135,6 +135,7 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
         "outdated": _outdated(loaded),
         "hardware": _counted([_machine(p["hardware"]) for p in provenance.values()]),
         "minutes": _minutes(list(loaded.values())),
+        "at_least": _at_least(list(loaded.values())),
         "encoder_was_kept": _encoder_was_kept(results["01"]),
         "most_anomalous": _most_anomalous(results["07"]),
         "machine": _machine,
@@ -202,7 +203,13 @@ def _minutes_kept(kept: Path) -> str:
     loaded = [record.result(kept / f"{name}.json") for name in NOTEBOOKS]
     minutes = _minutes(loaded)
     pretraining = " without pretraining" if _encoder_was_kept(loaded[1].results) else ""
-    return f"{minutes:.1f} minutes{pretraining} on {_machine(loaded[1].provenance['hardware'])}"
+    return f"{_at_least(loaded)}{minutes:.1f} minutes{pretraining} on {_machine(loaded[1].provenance['hardware'])}"
+
+
+def _at_least(loaded: Sequence[record.Loaded]) -> str:
+    """ "at least " for results of several commits: what was run again later found in the cache what the first run had to make."""
+    commits = {json.dumps(found.provenance["git"], sort_keys=True) for found in loaded}
+    return "at least " if len(commits) > 1 else ""
 
 
 def _minutes(loaded: Sequence[record.Loaded]) -> float:

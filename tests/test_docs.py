@@ -213,6 +213,24 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
         f"the encoder's own probe, FGSM is at {cell(found[victim, 'own probe', 'FGSM'])}",
         f"({min(of_pgd)} to {max(of_pgd)}), nor at any side ({cell(found[side, 56, 'PGD'])} at most), and everywhere less",
     ]
+    spreads = {
+        (kind, encoder): sorted(100 * row[kind] for row in kept["by_draw"] if row["encoder"] == encoder)
+        for kind in ("reference", "test")
+        for encoder in ("contrastive", "supervised")
+    }
+    between = {key: f"by {values[0]:.1f} to {values[-1]:.1f}" for key, values in spreads.items()}
+    ten = {row["anomaly"]: row for row in kept["by_views"] if row["n_views"] == 10}
+    lost = {
+        name: "{:.1f} [{:.1f}, {:.1f}]".format(*(-100 * ten[name][f"over_most_views{end}"] for end in ("", "_high", "_low")))
+        for name in ("FGSM", "cifar100-first2000", "CW-Linf")
+    }
+    said += [
+        f"with another 200, AUROCs differ {between['reference', 'contrastive']} points",
+        f"with other test images {between['test', 'contrastive']})",
+        f"in the supervised encoder's features {between['reference', 'supervised']}.",
+        "FGSM {} points, CIFAR-100 {}, CW-Linf {}.".format(*lost.values()),
+    ]
+    assert max(-row["over_most_views"] for row in ten.values()) == -ten["CW-Linf"]["over_most_views"]
     page = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in page] == []
     assert max(sides, key=lambda size: found[side, size, "PGD"]["auroc"]) == 56

@@ -331,6 +331,9 @@ def test_kept_results_say_how_long_a_profile_takes(root):
         document["provenance"] |= dict(seconds=90, hardware=dict(cpu="Z80", cores=1, memory_gib=None, gpus=[]))
         (kept / f"{name}.json").write_text(json.dumps(document))
     assert report.minutes_of_profiles() == {PROFILE: f"{1.5 * len(report.NOTEBOOKS)} minutes on Z80, 1 CPU core, no GPU"}
+    document["provenance"]["git"] = dict(commit="0123", dirty=False)  # the last one, run again by another commit
+    (kept / f"{name}.json").write_text(json.dumps(document))
+    assert report.minutes_of_profiles()[PROFILE].startswith(f"at least {1.5 * len(report.NOTEBOOKS)} minutes")
     (kept / "05_ablations.json").unlink()
     assert report.minutes_of_profiles() == {PROFILE: "not run yet"}
 
