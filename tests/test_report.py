@@ -694,7 +694,7 @@ def test_each_similarity_has_its_own_anomalies():
 
 
 def test_calibrated_p_values_pass_and_others_do_not():
-    """Eq. 8 simulated: the mean over splits of a pool lies in the range at least 95 times in 100, that of one not much oftener."""
+    """Eq. 8 simulated: the mean over splits of a pool lies in the range 95 times in 100 or more, that of one not much oftener."""
     rng = np.random.default_rng(2)
     n_calibration, n, alpha = 199, 300, 0.05
 
