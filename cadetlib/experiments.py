@@ -970,8 +970,8 @@ def by_draw(ask: Asker, n_views: int, n_draws: int = 10, seed: int = 0) -> list[
     """How much hangs on which images were drawn? Standard deviations of each set's AUROC over draws of one kind of image.
 
     `reference`, `calibration`: over images that `redrawn` draws in each split, as for a mean of images drawn without replacement
-    from a few, and brought to the number that a split has. `test`: by the bootstrap, the fit held. All three are root mean
-    squares over the splits.
+    from a few, and brought to the number that a split has; None where there are too few to draw from. `test`: by the bootstrap,
+    the fit held. All three are root mean squares over the splits.
 
     >>> sets = {"in-distribution": torch.rand(60, 3, 8, 8), "noise": torch.rand(9, 3, 8, 8)}
     >>> sums = view_sums_of_sets(nn.Flatten(), sets, EvalViews(8), grid=[4], say=lambda _: None)
@@ -986,11 +986,13 @@ def by_draw(ask: Asker, n_views: int, n_draws: int = 10, seed: int = 0) -> list[
         for kind in OTHER:
             variances = []
             for division, tried in zip(ask.divisions, drawn[kind], strict=True):
+                if not tried:
+                    break
                 values = [metrics.auroc(*pair) for pair in replace(ask, divisions=tried).pairs(anomaly, n_views)]
                 n, wanted = (len(getattr(some, kind)) for some in (tried[0], division))
                 pool = len(division.reference) + len(division.calibration) - len(getattr(tried[0], OTHER[kind]))
                 variances.append(np.var(values, ddof=1) / (1 - n / pool) * n / wanted)
-            row[kind] = float(np.sqrt(np.mean(variances)))
+            row[kind] = float(np.sqrt(np.mean(variances))) if len(variances) == len(ask.divisions) else None
         paired = ask.paired[anomaly]
         intervals = [metrics.bootstrap_interval(*p, n_boot=200, paired=paired) for p in ask.pairs(anomaly, n_views)]
         row["test"] = float(np.sqrt(np.mean([((high - low) / 3.92) ** 2 for low, high in intervals])))
@@ -1002,7 +1004,7 @@ def redrawn(division: Split, kind: str, n_draws: int, seed: int) -> list[Split]:
     """A split with other images of one kind, "reference" or "calibration", and the same of the other, again and again.
 
     The fitting images are cut into two halves at random. One is the other kind; from the second are drawn as many as the split
-    has of this kind, or half of it where that is less.
+    has of this kind, or half of it where that is less. None where half of it would be a single image.
 
     >>> (division,) = splits(20, 1, n_reference=4, n_calibration=8)
     >>> some = redrawn(division, "reference", n_draws=2, seed=0)
@@ -1013,5 +1015,7 @@ def redrawn(division: Split, kind: str, n_draws: int, seed: int) -> list[Split]:
     fitting = torch.cat([division.reference, division.calibration])
     fixed, pool = fitting[torch.randperm(len(fitting), generator=generator)].chunk(2)
     n = min(len(getattr(division, kind)), len(pool) // 2)
+    if n < 2:
+        return []
     drawn = (pool[torch.randperm(len(pool), generator=generator)[:n]] for _ in range(n_draws))
     return [replace(division, **{kind: some, OTHER[kind]: fixed}) for some in drawn]

@@ -264,7 +264,11 @@ def draws(rows: Sequence[Row]) -> pd.DataFrame:
     [1.4, 0.3, 1.3]
     """
     kinds = {f"{kind} ({rows[0][f'n_{kind}']})": kind for kind in ("reference", "calibration", "test")}
-    cells = [dict(anomaly=r["anomaly"], encoder=r["encoder"]) | {k: 100 * r[v] for k, v in kinds.items()} for r in rows]
+    cells = [
+        {"anomaly": r["anomaly"], "encoder": r["encoder"]}
+        | {k: float("nan") if r[v] is None else 100 * r[v] for k, v in kinds.items()}
+        for r in rows
+    ]
     return pd.DataFrame(cells).set_index(["anomaly", "encoder"]).sort_index(level=0, sort_remaining=False).round(1)
 
 

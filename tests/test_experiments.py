@@ -147,6 +147,8 @@ def test_what_the_draw_of_images_moves_is_what_fresh_images_move():
     pair = experiments.pairs_of_splits(normal, odd, False, [experiments.Split(**fixed)], 4)[0]
     low, high = metrics.bootstrap_interval(*pair)
     assert row["test"] == pytest.approx((high - low) / 3.92, rel=0.2)
+    few = experiments.Asker(ask.sums, ask.paired, experiments.splits(1000, 2, 2, 2))
+    assert [experiments.by_draw(few, 4)[0][kind] for kind in ("reference", "calibration")] == [None, None]
     more = experiments.splits(1000, 10, 100, 500)
     assert experiments.by_draw(experiments.Asker(ask.sums, ask.paired, more), 4)[0]["reference"] < 0.4 * row["reference"]
 
