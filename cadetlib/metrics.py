@@ -346,7 +346,7 @@ def splits_interval(
     for test sets). It is added to the variance of the bootstrap, and the interval stretched accordingly, with Student's t at the
     degrees of freedom that Satterthwaite (1946) gives such a sum. With a single split, nothing is known of the fitting images,
     and the interval is that of the test images. The encoder is held fixed. All this supposes a statistic that is nearly linear in
-    what is fitted: in simulations ten splits then cover 91 to 98 times in 100 at a level of 95, but less than 90 where it saturates.
+    what is fitted: in simulations ten splits then cover 91 to 98 times in 100 at a level of 95, below 90 where it saturates.
     standard_deviation has S - 1 in the divisor and is NaN for a single split; minimum and maximum are over the splits.
 
     >>> result = splits_interval([([3.0, 2.0], [1.0, 0.0]), ([5.0, 4.0], [1.0, 2.0])], n_boot=200)
