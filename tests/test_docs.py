@@ -15,6 +15,8 @@ import cadetlib
 from cadetlib import costs, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "outputs" / "reference"
+FINDINGS = REFERENCE / "README.md"  # what stands behind the README's own table
 FILES = sorted(Path(cadetlib.__file__).parent.glob("*.py"))
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -89,13 +91,23 @@ def test_every_public_name_has_an_example(file):
 
 ATTACKS = ("FGSM", "PGD", "random signs")
 OF_CIFAR = {"svhn-first1083": "SVHN", "cifar100-first2000": "CIFAR-100"}
-OF_ATTACKS = ("FGSM", "PGD", "CW-L2", "CW-L2-ball", "CW-Linf")
-FIRST_TABLE = {
-    "digits": {"digits-7-to-9": "unseen: 7 to 9"} | {name: name for name in OF_ATTACKS},
-    "cifar10-cpu": OF_CIFAR
-    | {"mnist-test": "MNIST", "flowers64": "flowers", "cifar10-test:contrast-5": "contrast-5, no attack"}
-    | {name: name for name in OF_ATTACKS},
+OF_THE_TABLE = {
+    "unseen classes": "",
+    "SVHN": "svhn-first1083",
+    "MNIST": "mnist-test",
+    "CIFAR-100": "cifar100-first2000",
+    "flowers": "flowers64",
+    "FGSM": "FGSM",
+    "PGD": "PGD",
+    "CW-Linf": "CW-Linf",
+    "CW-L2": "CW-L2",
+    "CW-L2-ball": "CW-L2-ball",
+    "contrast-5": "cifar10-test:contrast-5",
 }
+
+
+def of_profile(profile: str, notebook: str):
+    return json.loads((REFERENCE / profile / f"{notebook}.json").read_text())["results"]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +117,9 @@ FIRST_TABLE = {
         ("own_features_contrastive", "contrastive", [0.75, 0.9, 0.97], [f"its probe: {name}" for name in ATTACKS]),
     ],
 )
-def test_the_readmes_tables_of_own_features_are_what_was_kept(file, network, scales, labels):
-    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / f"{file}.json").read_text())
-    given, page = kept["parameters"], (ROOT / "README.md").read_text()
+def test_the_tables_of_own_features_are_what_was_kept(file, network, scales, labels):
+    kept = json.loads((REFERENCE / "cifar10-cpu" / f"{file}.json").read_text())
+    given, page = kept["parameters"], FINDINGS.read_text()
     assert (given["fgsm_eps"], given["pgd_eps"], kept["network"]) == (0.05, 0.02, network)
     for label, name in zip(labels, ATTACKS, strict=True):
         rows = [row for row in kept["rows"] if (row["anomaly"], row["n_views"]) == (name, 50)]
@@ -121,9 +133,9 @@ def test_the_readmes_tables_of_own_features_are_what_was_kept(file, network, sca
     assert all(words in " ".join(page.split()) for words in said[file])
 
 
-def test_the_readmes_table_of_the_training_curve_is_what_was_kept():
-    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10-cpu" / "training_curve.json").read_text())
-    page, asked = (ROOT / "README.md").read_text(), [(16, 0), (16, 4), (16, 12), (16, 20), (16, 40), (32, 0), (32, 40)]
+def test_the_table_of_the_training_curve_is_what_was_kept():
+    kept = json.loads((REFERENCE / "cifar10-cpu" / "training_curve.json").read_text())
+    page, asked = FINDINGS.read_text(), [(16, 0), (16, 4), (16, 12), (16, 20), (16, 40), (32, 0), (32, 40)]
     assert not kept["commit"]["dirty"] and {trained["epochs"] for trained in kept["trained"]} == {40}
     for name in [*OF_CIFAR, *ATTACKS]:
         found = {(row["width"], row["epoch"]): row for row in kept["rows"] if row["anomaly"] == name}
@@ -133,29 +145,25 @@ def test_the_readmes_table_of_the_training_curve_is_what_was_kept():
             assert said in " ".join(page.split())
 
 
-def test_what_the_readme_says_of_the_gpus_encoder_is_what_was_kept():
-    page, rows = (ROOT / "README.md").read_text(), {}
-    for profile, label in {"cifar10-cpu": "width 32, 40 epochs", "cifar10": "width 64, 150 epochs"}.items():
-        kept = json.loads((ROOT / "outputs" / "reference" / profile / "04_cadet_tables.json").read_text())["results"]["rows"]
-        rows = {row["anomaly"]: row for row in kept if (row["detector"], row["encoder"]) == ("CADet", "contrastive")}
-        shown = [*OF_CIFAR, "flowers64", "FGSM", "PGD", "CW-L2", "CW-Linf"]
-        assert " | ".join(["", label, *(cell(rows[name]) for name in shown), ""]).strip() in page
-    best = {name: max(row["auroc"] for row in kept if row["anomaly"] == name) for name in rows}
+def test_what_is_said_of_the_gpus_encoder_is_what_was_kept():
+    page = " ".join(FINDINGS.read_text().split())
+    kept = of_profile("cifar10", "04_cadet_tables")["rows"]
+    best = {name: max(row["auroc"] for row in kept if row["anomaly"] == name) for name in OF_CIFAR | {"flowers64": "", "PGD": ""}}
     told = [f"{100 * best[name]:.0f}" for name in ("cifar100-first2000", "flowers64", "PGD")]
     assert "the best have {} and {} on CIFAR-100 and flowers and {} on PGD".format(*told) in page
-    assert best["FGSM"] == rows["FGSM"]["auroc"]
+    (cadet,) = [r for r in kept if (r["detector"], r["encoder"], r["anomaly"]) == ("CADet", "contrastive", "FGSM")]
+    assert cadet["auroc"] == max(row["auroc"] for row in kept if row["anomaly"] == "FGSM")
 
-    kept = json.loads((ROOT / "outputs" / "reference" / "cifar10" / "06_thresholds.json").read_text())["results"]["detectors"]
-    (sets,) = [detector["sets"] for detector in kept if detector["name"] == "contrastive"]
+    (sets,) = [one["sets"] for one in of_profile("cifar10", "06_thresholds")["detectors"] if one["name"] == "contrastive"]
     scores = {one["name"]: dict(zip(one["images"], one["scores"], strict=True)) for one in sets}
     told = []
     for name in ("PGD", "CW-L2"):
         clean, odd = ([of[i] for i in sorted(of)] for of in (scores["in-distribution"], scores[name]))
         interval = metrics.bootstrap_interval(clean, odd, paired=True)
         told.append(cell(dict(auroc=metrics.auroc(clean, odd), low=interval.low, high=interval.high)))
-    assert "PGD is at {} and CW-L2 at {}.".format(*told) in " ".join(page.split())
+    assert "PGD is at {} and CW-L2 at {}.".format(*told) in page
 
-    curve = json.loads((ROOT / "outputs" / "reference" / "cifar10" / "training_curve.json").read_text())
+    curve = json.loads((REFERENCE / "cifar10" / "training_curve.json").read_text())
     assert not curve["commit"]["dirty"] and {row["n_views"] for row in curve["rows"]} == {10}
     for name in ATTACKS:
         found = [row for row in curve["rows"] if (row["anomaly"], row["epoch"]) == (name, 150)]
@@ -165,23 +173,65 @@ def test_what_the_readme_says_of_the_gpus_encoder_is_what_was_kept():
     assert f"the untrained network has {min(untrained)} to {max(untrained)} everywhere" in page
 
 
-def test_the_readmes_first_table_is_what_was_kept():
-    """Each number stands behind its row's name: the digits' after the first, CIFAR-10's after the second."""
-    page = (ROOT / "README.md").read_text()
-    for profile, labels in FIRST_TABLE.items():
-        kept = json.loads((ROOT / "outputs" / "reference" / profile / "04_cadet_tables.json").read_text())["results"]["rows"]
-        found = {row["anomaly"]: row for row in kept if (row["detector"], row["encoder"]) == ("CADet", "contrastive")}
-        if profile == "cifar10-cpu":
-            (svhn,) = [
-                r for r in kept if (r["detector"], r["encoder"], r["anomaly"]) == ("CADet", "supervised", "svhn-first1083")
-            ]
-            assert f"supervised encoder wide: SVHN {cell(svhn)} in" in page
-        for name, label in labels.items():
-            assert f"| {label} | {cell(found[name])} " in page, f"{profile}: {name} {cell(found[name])}"
+def test_the_readmes_table_is_what_was_kept():
+    """Rows of the table of findings: the paper's number first, then the digits', then those of the two encoders of CIFAR-10."""
+    page, found = (ROOT / "README.md").read_text(), {}
+    for profile in ("digits", "cifar10-cpu", "cifar10"):
+        rows = of_profile(profile, "04_cadet_tables")["rows"]
+        found |= {(profile, r["anomaly"]): r for r in rows if (r["detector"], r["encoder"]) == ("CADet", "contrastive")}
+    shown = re.findall(r"^\| ([^|]+) \|(?: \d\d)? \|([^|]*)\|([^|]*)\|([^|]*)\|$", page, re.MULTILINE)
+    told = {label.split(",")[0]: [text.split(":")[-1].strip() for text in cells] for label, *cells in shown}
+    for label, name in OF_THE_TABLE.items():
+        of_digits = found.get(("digits", "digits-7-to-9" if label == "unseen classes" else name))
+        expected = [of_digits, found.get(("cifar10-cpu", name)), found.get(("cifar10", name))]
+        assert told.pop(label) == [cell(row) if row else "" for row in expected], label
+    assert not told
+
+    cpu = of_profile("cifar10-cpu", "04_cadet_tables")["rows"]
+    (svhn,) = [r for r in cpu if (r["detector"], r["encoder"], r["anomaly"]) == ("CADet", "supervised", "svhn-first1083")]
+    assert f"supervised encoder wide: SVHN {cell(svhn)} in" in page
+    best = [100 * max(row["auroc"] for row in cpu if row["anomaly"] == name) for name in ("cifar100-first2000", "flowers64")]
+    assert "the best have {:.0f} and {:.0f} on CIFAR-100 and flowers".format(*best) in " ".join(page.split())
 
 
-def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
-    folder = ROOT / "outputs" / "reference" / "cifar10-cpu"
+def test_what_the_readme_says_of_sets_is_what_was_kept():
+    """Section 4: sets of 20 attacked images, and mild shifts."""
+    page = " ".join((ROOT / "README.md").read_text().split())
+    small = {}
+    for profile in ("cifar10-cpu", "cifar10"):
+        for row in of_profile(profile, "03_small_samples")["rows"]:
+            if (row["test"], row["anomaly"], row["n"], row["n_perm"]) == ("MMD-CC", "PGD", 20, 500):
+                small[profile, row["encoder"]] = cell(row)
+    told = "MMD-CC has {} with the contrastive encoder of width 32 ({} with the supervised one), and {} with that of width 64"
+    keys = [("cifar10-cpu", "contrastive"), ("cifar10-cpu", "supervised"), ("cifar10", "contrastive")]
+    assert told.format(*(small[key] for key in keys)) in page
+
+    rows = [row for row in of_profile("cifar10-cpu", "02_cifar10_vs_cifar10_1")["rows"] if row["test"] == "MMD-CC"]
+    rate = {(row["encoder"], row["shift"].split(":")[-1], row["n"]): round(100 * row["rate"]) for row in rows}
+    level = [value for (_, shift, _), value in rate.items() if shift == "no shift"]
+    assert f"it rejects {min(level)} to {max(level)} of 100 times" in page
+    for words, shift, n in [
+        ("JPEG compression of 50 images in {} of 100 cases (supervised: {})", "jpeg-1", 50),
+        ("noise in {} ({})", "gaussian_noise-1", 50),
+        ("blur of 2,000 images in {} ({})", "gaussian_blur-1", 2000),
+        ("less contrast in 500 images in {} ({})", "contrast-1", 500),
+    ]:
+        assert words.format(rate["contrastive", shift, n], rate["supervised", shift, n]) in page
+
+
+def test_what_the_readme_says_of_pgd_in_own_features_is_what_was_kept():
+    page, pgd = " ".join((ROOT / "README.md").read_text().split()), {}
+    for file in ("own_features", "own_features_contrastive"):
+        for row in json.loads((REFERENCE / "cifar10-cpu" / f"{file}.json").read_text())["rows"]:
+            if (row["anomaly"], row["n_views"]) == ("PGD", 50):
+                pgd[file, row["crop_scale"]] = cell(row)
+    at = [pgd[file, area] for area in (0.97, 0.75) for file in ("own_features_contrastive", "own_features")]
+    assert "{} at area 0.97 in the contrastive encoder's, {} in the attacked ResNet-20's;".format(*at[:2]) in page
+    assert "the paper's area of 0.75 leaves {} and {}.".format(*at[2:]) in page
+
+
+def test_what_is_said_of_notebook_05_is_what_was_kept():
+    folder = REFERENCE / "cifar10-cpu"
     kept = json.loads((folder / "05_ablations.json").read_text())["results"]
     by_epoch = json.loads((folder / "training_epochs.json").read_text())["rows"]
     found = {(row["factor"], row["value"], row["anomaly"]): row for row in kept["seen"] + by_epoch}
@@ -235,7 +285,7 @@ def test_what_the_readme_says_of_notebook_05_is_what_was_kept():
         "FGSM {} points, CIFAR-100 {}, CW-Linf {}.".format(*lost.values()),
     ]
     assert max(-row["over_most_views"] for row in ten.values()) == -ten["CW-Linf"]["over_most_views"]
-    page = " ".join((ROOT / "README.md").read_text().split())
+    page = " ".join(FINDINGS.read_text().split())
     assert [words for words in said if words not in page] == []
     assert max(sides, key=lambda size: found[side, size, "PGD"]["auroc"]) == 56
     assert all(found[side, size, "PGD"]["over_signs_high"] < 0 for size in sides)
@@ -256,7 +306,7 @@ def cell(row):
 
 def test_the_readmes_hours_are_those_of_the_measured_rates():
     """The cost sheet's column of hours, against the profile's passes over what was measured on an H100."""
-    measured = json.loads((ROOT / "outputs" / "reference" / "throughput.json").read_text())
+    measured = json.loads((REFERENCE / "throughput.json").read_text())
     sheet = costs.sheet(costs.of_profile("imagenet"), measured["rates"])["hours"]
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| (0[1-5][^|]*?)(?:, \d+ epochs)? \|[^|]*\|[^|]*\| (?:at most )?([\d.,]+) \|", readme, re.MULTILINE)
