@@ -155,7 +155,8 @@ def trained_rejection_rates(
                 run = two_sample.TESTS[name]
                 p = [run(pool[a], pool[b], seed=seed + i, **settings).p_value for i, (a, b) in enumerate(zip(x, y, strict=True))]
                 seconds = (time.perf_counter() - began) / n_samplings
-                rows.append(_rejections(name, shift, n, torch.tensor(p), alpha) | dict(encoder="none", seconds=seconds))
+                p_values = torch.tensor(p, dtype=torch.float64)
+                rows.append(_rejections(name, shift, n, p_values, alpha) | dict(encoder="none", seconds=seconds))
                 say(f"{name}, {shift}, n = {n}: rejects {rows[-1]['rate']:.2f}, {seconds:.2f} s a test")
     return rows
 
@@ -173,8 +174,8 @@ def small_sample_aurocs(
 
     reference: (N, D) in-distribution embeddings, from which S_P(1), S_P(2) and the in-distribution S_Q are drawn, disjoint;
     anomalies: name -> (M, D); paired: names of those made from the reference image by image, drawn from images that are in no
-    other sample. `ceiling` is the largest AUROC that p-values of n_perm splits allow when every anomalous draw has the smallest
-    p-value: 1 - 0.5 / (n_perm + 1). `level` is the rejection rate at 0.05 without anomalies.
+    other sample. `ceiling` is the AUROC that p-values of n_perm splits reach on average when every anomalous draw has the
+    smallest p-value: 1 - 0.5 / (n_perm + 1). `level` is the rejection rate at 0.05 without anomalies.
 
     >>> reference = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
     >>> rows = small_sample_aurocs(reference, {"far": reference + 3}, sizes=[10], n_draws=50)

@@ -529,7 +529,7 @@ def delong_test(in_a: Any, out_a: Any, in_b: Any, out_b: Any, paired: bool = Fal
     else:
         deviation = math.sqrt(of_in.var(ddof=1) / len(of_in) + of_out.var(ddof=1) / len(of_out))
         n_differ = int((of_in != 0).sum() + (of_out != 0).sum())
-    if deviation == 0:
+    if deviation <= _ROUNDING:  # differences of placements, all the same
         return DeLong(difference, min(1.0, 2.0 ** (1 - n_differ)) if difference else 1.0)
     return DeLong(difference, float(2 * stats.norm.sf(abs(difference) / deviation)))
 

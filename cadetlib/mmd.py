@@ -249,7 +249,9 @@ def test_shifts(z: Tensor, x1: Tensor, x2: Tensor, ys: Sequence[Tensor], n_perm:
         without = _Pool.of(z[torch.cat([a, clean])], signs, pairs)
         for k, y in enumerate(ys):
             with_y = _Pool.of(z[torch.cat([a, y[b]])], signs, pairs)
-            found[k, :, b] = torch.tensor([with_y.statistic, with_y.p_value(with_y.statistic), without.p_value(with_y.statistic)])
+            statistic = with_y.statistic
+            p_values = with_y.p_value(statistic), without.p_value(statistic)
+            found[k, :, b] = torch.tensor([statistic, *p_values], dtype=torch.float64)  # float32's 0.05 would be more than 0.05
     return [DrawnTests(*rows) for rows in found]
 
 

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, data, embed, experiments, metrics, mmd
+from cadetlib import cadet, data, embed, experiments, metrics, mmd, two_sample
 from cadetlib.views import EvalViews
 
 
@@ -41,6 +41,23 @@ def test_table_1_keeps_its_level_and_sees_a_shift():
     for row in rows:
         assert row["rate"] == np.mean(np.asarray(row["p_values"]) <= 0.05)
         assert row["low"] <= row["rate"] <= row["high"]
+
+
+def test_table_1_counts_a_p_value_of_just_alpha():
+    """Of 19 splits a certain shift has p = 1 / 20 = 0.05, which rejects at 0.05; float32's 0.05 would not."""
+    reference = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+    for row in experiments.rejection_rates(reference, {"far": reference + 3}, [20], 40, n_perm=19):
+        assert row["shift"] != "far" or row["rate"] == 1.0
+        assert set(row["p_values"]) <= {k / 20 for k in range(1, 21)}
+    rows = experiments.trained_rejection_rates(
+        {"ME": dict(n_steps=0)}, reference, {"far": reference + 3}, [26], 3, say=lambda _: None
+    )
+    x, _, y = experiments._draws_of_shift(80, 80, False, 26, 3, 0)
+    pool = torch.cat([reference, reference + 3])
+    alone = [
+        two_sample.TESTS["ME"](pool[a], pool[b], seed=i, n_steps=0).p_value for i, (a, b) in enumerate(zip(x, y, strict=True))
+    ]
+    assert rows[-1]["p_values"] == alone, "in float64, as the test itself says"
 
 
 def test_table_2_reaches_its_ceiling_and_no_more():

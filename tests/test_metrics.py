@@ -303,6 +303,13 @@ def test_delong_equals_the_formula_over_all_pairs(seed, n, m, digits, paired):
         assert found.p_value == pytest.approx(math.erfc(abs(difference) / deviation / math.sqrt(2)), abs=1e-9)
 
 
+def test_delong_without_variance_is_a_sign_test():
+    """Of three images of each kind all are placed differently by a third: 1 - 2/3 and 2/3 - 1/3 are the same but for rounding."""
+    samples = [1.5, 2.5, 3.5], [1.0, 2.0, 3.0], [0.5, 1.5, 2.5], [1.0, 2.0, 3.0]
+    assert metrics.delong_test(*samples) == (pytest.approx(1 / 3), 2.0**-5)
+    assert metrics.delong_test(*samples, paired=True) == (pytest.approx(1 / 3), 2.0**-2)
+
+
 def test_paired_difference_agrees_with_delong():
     samples = two_detectors(7, 150, 120, 1)
     difference, deviation = direct_delong(*samples)
