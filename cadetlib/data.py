@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadetlib import checks, corruptions, imagenet
+from cadetlib import checks, corruptions, imagenet, processes
 from cadetlib.views import resize_to
 
 if TYPE_CHECKING:
@@ -38,6 +38,16 @@ if TYPE_CHECKING:
 
 KINDS = ".png, .jpg or another ending of images that Pillow reads"
 _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # what Pillow reads from these as 32-bit integers, mode I, has 16 bits
+_TURNS = {  # the EXIF orientation of an image -> what puts it upright
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_LONGEST = 64  # times its shorter side: of a longer image the middle is looked at
 _NO_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names and cannot read them by itself
 MNIST_MD5 = {  # of the official files, unpacked, since some packed them again
     "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
@@ -137,7 +147,8 @@ class FolderSet(ImageSet):
         if len(errors) > self.allow_unreadable:
             raise ValueError(too_many_unreadable(self.name, errors, self.allow_unreadable))
         if errors:
-            print(f"{self.name}: LEFT OUT {len(errors)} unreadable images:", *errors, sep="\n", flush=True)
+            text = "\n".join([f"{self.name}: LEFT OUT {len(errors)} unreadable images:", *errors])
+            print(processes.printable(text), flush=True)
 
     def _read(self, size: int) -> tuple[ImageSet, list[str]]:
         """What can be read, and what is wrong with each of the other files."""
@@ -292,13 +303,16 @@ CIFAR10_1_SHA256 = {  # as TensorFlow Datasets publishes them
 def _published(file: Path, download: bool) -> Path:
     """A file of CIFAR-10.1, brought first if asked for; refused when it is not the published one, byte for byte."""
     expected = CIFAR10_1_SHA256[file.name]
-    if download and not file.exists():
+    if download and not (file.exists() and _sha256(file) == expected):
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(CIFAR10_1 + file.name, str(file), hash_prefix=expected)
-    found = hashlib.sha256(_existing(file).read_bytes()).hexdigest()
-    if found != expected:
+    if (found := _sha256(_existing(file))) != expected:
         raise ValueError(f"{file.name}: found sha256 {found[:16]}…, expected {expected[:16]}…")
     return file
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _archive(path: str, labels: str | None) -> Callable[[Path, str, bool], ImageSet]:
@@ -385,12 +399,17 @@ def files_below(folder: str | Path, inside: str = "", above: frozenset[tuple[int
     if here in above:
         return
     with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir(), entry.path) for entry in entries)
-    for name, is_folder, path in found:
+        found = sorted((entry.name, _is_folder(entry)) for entry in entries)
+    for name, is_folder in found:
         if is_folder:
-            yield from files_below(path, f"{inside}{name}/", above | {here})
+            yield from files_below(os.path.join(folder, name), f"{inside}{name}/", above | {here})
         else:
             yield inside + name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link that leads nowhere, in a circle or where nobody may look is a file, of which reading says what is wrong."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def images_below(folder: str | Path) -> Iterator[str]:
@@ -451,11 +470,13 @@ def upright_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
     >>> upright_rgb(Image.new("I;16", (1, 1), 514)).getpixel((0, 0))  # 514 of 65,535 is 2 of 255
     (2, 2, 2)
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image
 
     if opened.mode == "F" or (opened.mode == "I" and opened.format not in _SIXTEEN_BITS):
         raise ValueError(f"found 32-bit pixels ({opened.format}, mode {opened.mode}), expected 8 or 16 bits: convert it")
-    upright = ImageOps.exif_transpose(opened)
+    # Not ImageOps.exif_transpose, which also writes the rest of the EXIF anew and fails where a camera wrote it wrongly.
+    turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = opened.transpose(Image.Transpose[turn]) if turn else opened
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     return upright.convert("RGB")
@@ -475,8 +496,13 @@ def read_image(path: Path, size: int) -> Tensor:
     (torch.Size([3, 32, 32]), [255])
     """
     with opened_image(path) as opened:
-        array = np.array(upright_rgb(opened))
-    return (resize_to(_rgb(array[None]), size)[0] * 255).round().to(torch.uint8)
+        image = upright_rgb(opened)
+    width, height = image.size
+    most = _LONGEST * min(width, height)
+    if max(width, height) > most:  # brought to size as a whole, a line of 10,000 pixels would take gigabytes
+        left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+        image = image.crop((left, top, left + min(width, most), top + min(height, most)))
+    return (resize_to(_rgb(np.array(image)[None]), size)[0] * 255).round().to(torch.uint8)
 
 
 def folder_images(folder: str | Path, size: int, name: str = "", allow_unreadable: int = 0) -> ImageSet:
@@ -675,10 +701,10 @@ def _state(error: Exception) -> str:
     return "MISSING" if isinstance(error, FileNotFoundError) else "NOT RIGHT"
 
 
-def check_profile(profile: str) -> bool:
+def check_profile(profile: str, download: bool = False) -> bool:
     """Print one table of all sets that a profile's parameters name, and how to get what is missing; True when all are there.
 
-    Sets of files are counted and not read.
+    Sets of files are counted and not read. `download`: first bring those that can be.
 
     >>> check_profile("digits")  # doctest: +ELLIPSIS
     sets of the profile digits below ..., the data root (CADET_DATA):
@@ -690,7 +716,7 @@ def check_profile(profile: str) -> bool:
     for name, notebooks in imagenet.sets_of(profile).items():
         expected = imagenet.SETS.get(name.partition(":")[0])
         try:
-            state, n = "there", str(len(load(name)))
+            state, n = "there", str(len(load(name, download)))
         except (FileNotFoundError, ValueError) as error:
             state, n = _state(error), "-"
             steps.append(f"{error}" + (f"\n  checksum: {expected.checksum}" if expected else ""))
@@ -712,7 +738,7 @@ def main(arguments: Sequence[str]) -> int:
     complete = True
     for name in arguments[1:] or list(SOURCES):
         if name not in SOURCES and name in imagenet.profiles():
-            complete &= check_profile(name)
+            complete &= check_profile(name, arguments[0] == "download")
             continue
         try:
             print(f"{name:20} {len(load(name, arguments[0] == 'download'))} images")

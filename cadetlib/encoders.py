@@ -260,10 +260,15 @@ def default_device() -> torch.device:
 def placed(module: nn.Module, device: str | torch.device | None = None) -> nn.Module:
     """The module on a device (None: the default), channels last in memory: convolutions take 0.6 to 0.75 of the time.
 
+    ValueError for a device that is none, or not here.
+
     >>> placed(nn.Conv2d(3, 4, 3), "cpu").weight.is_contiguous(memory_format=torch.channels_last)
     True
     """
-    return module.to(device or default_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        return module.to(device or default_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except (RuntimeError, AssertionError) as error:  # torch's words for each of these are its own
+        raise ValueError(f"device: found {str(device)!r}, expected one that can be used here ({error})") from error
 
 
 def fingerprint(module: nn.Module) -> str:

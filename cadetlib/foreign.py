@@ -82,7 +82,7 @@ def _read(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MoCo keep their command line
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, LookupError) as error:
         raise ValueError(
             f"{path.name}: found no file of weights alone ({error}), expected tensors and plain values; with the library that "
             "wrote it, save its model's state_dict() by torch.save and load that"

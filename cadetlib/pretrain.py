@@ -810,7 +810,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _say(line: str) -> None:
     if _is_first():
         with suppress(BrokenPipeError):  # whoever read along has gone; what is asked of this process is on disk
-            print(line, flush=True)
+            print(processes.printable(line), flush=True)
 
 
 # --- the launch ---------------------------------------------------------------------------------------------------------
@@ -1052,6 +1052,7 @@ def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",  # of a file's name that is no Unicode
         start_new_session=True,  # an interrupted notebook cell reaches this process alone, which then ends its child
         preexec_fn=partial(processes.die_with_parent, os.getpid()),
     ) as child:

@@ -47,6 +47,15 @@ def locks(file: int | IO[Any], shared: bool = False) -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """Text that any output takes: what a file's name has that is no Unicode becomes a question mark.
+
+    >>> printable(os.fsdecode(b"caf\\xe9.png"))
+    'caf?.png'
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def die_with_parent(parent: int | None = None) -> None:
     """Have this process receive SIGTERM when the thread that started it ends, however it ends. Linux; elsewhere nothing.
 

@@ -245,7 +245,7 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
     if filesystem.get_file_info(file).type is fs.FileType.NotFound:
         if _parquet_files(out):
             raise ValueError(f"{out}: found Parquet files without {SETTINGS}, expected an empty folder; choose another --out")
-        _write(filesystem, file, json.dumps(settings, indent=2) + "\n")
+        _write(filesystem, file, (json.dumps(settings, indent=2) + "\n").encode())
         return
     with filesystem.open_input_stream(file) as stream:
         found = json.loads(stream.read())
@@ -257,12 +257,12 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
         )
 
 
-def _write(filesystem: Any, file: str, text: str) -> None:
+def _write(filesystem: Any, file: str, content: bytes) -> None:
     if isinstance(filesystem, fs.LocalFileSystem):
-        record.write_atomically(file, text)
+        record.write_atomically(file, content)
         return
-    with filesystem.open_output_stream(file) as stream:  # an object is there when it is closed, as a whole
-        stream.write(text.encode())
+    with filesystem.open_output_stream(file, compression=None) as stream:  # an object is there when it is closed, as a whole
+        stream.write(content)
 
 
 def _parquet_files(out: str) -> list[str]:
@@ -285,6 +285,23 @@ def _written(out: str) -> list[str]:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return [path for paths in pool.map(paths_in, _parquet_files(out)) for path in paths]
+
+
+def _forget_errors(out: str) -> None:
+    """Remove the rows with an error, file by file; their images count as not scored then. A file is written anew as a whole."""
+    filesystem, _ = _place(out)
+
+    def forget(file: str) -> None:
+        with filesystem.open_input_file(file) as stream:
+            rows = parquet.ParquetFile(stream).read()
+        good = rows.filter(rows["error"].is_null())
+        if len(good) < len(rows):
+            buffer = io.BytesIO()
+            parquet.write_table(good, buffer)
+            _write(filesystem, file, buffer.getvalue())
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(forget, _parquet_files(out)))
 
 
 def _check_rows(out: str, paths: Sequence[str]) -> None:
@@ -325,11 +342,19 @@ def summary(out: str) -> score.Summary:
 
 
 def score_images(
-    detector: CADet, images: str, out: str, threshold: float, actors: int = 1, gpus: float = 0, most: int = 512
+    detector: CADet,
+    images: str,
+    out: str,
+    threshold: float,
+    actors: int = 1,
+    gpus: float = 0,
+    most: int = 512,
+    retry: bool = False,
 ) -> score.Summary:
     """Write the p-value of every image below `images` that has no row in `out` yet -> what `out` then holds.
 
-    images, out: folders, local or as URI; actors: that score, with `gpus` each; most: images in a task and a Parquet file.
+    images, out: folders, local or as URI; actors: that score, with `gpus` each; most: images in a task and a Parquet file;
+    retry: images whose row is an error are read again.
     Ray is used as it is connected. ValueError for a folder of other settings, ModuleNotFoundError without Ray Data; Ray's errors
     when it gives up.
 
@@ -344,6 +369,9 @@ def score_images(
     _claim(out, _settings_of(detector, images, threshold))
     paths = _listed(images)
     done = set(_written(out))
+    if retry:
+        _forget_errors(out)
+        done = set(_written(out))
     lacking = [path for path in paths if path not in done]
     if not done:
         _check_readable(images, paths[:_THREADS])
@@ -376,13 +404,14 @@ def _score(options: argparse.Namespace) -> int:
     threshold = score._threshold(options, detector)
     ray.init(address=options.address or None, ignore_reinit_error=True, logging_level=logging.WARNING)
     actors, gpus = _workers(options.actors, options.gpus_per_actor, ray.cluster_resources())
-    found = score_images(detector, options.images, options.out, threshold, actors, gpus, options.images_per_file)
+    found = score_images(detector, options.images, options.out, threshold, actors, gpus, options.images_per_file, options.retry)
     promised = thresholds.promised(len(detector.calibration_scores_), threshold)
     score._say(
         f"{options.out}: {found.n} files, {found.n - found.failed} scored, {found.flagged} flagged at p <= {threshold:g}; "
         f"of normal images, {promised.expected:.2%} [{promised.low:.2%}, {promised.high:.2%}] would be"
     )
-    return score._report_failures(found.failed, [(row["path"], row["error"]) for row in found.first_failed])
+    failures = [(row["path"], row["error"]) for row in found.first_failed]
+    return score._report_failures(found.failed, failures, "when they can be read: the same command with --retry")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -395,6 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder of the Parquet files, likewise; an unfinished one is gone on with")
     parser.add_argument("--alpha", type=float, help="flag when the p-value is at most this; default 0.05")
     parser.add_argument("--threshold", default="", help="instead of --alpha: a threshold saved in notebook 06")
+    parser.add_argument("--retry", action="store_true", help="read images again that an earlier run could not read")
     parser.add_argument("--actors", type=int, default=0, help="that score; default: one a GPU, or half of the CPUs")
     parser.add_argument("--gpus-per-actor", type=float, help="default: 1, or 0 on a cluster without GPUs")
     parser.add_argument("--address", default="", help="of the Ray cluster, such as auto; default: a new one on this machine")

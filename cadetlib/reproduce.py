@@ -343,8 +343,9 @@ class _Outcome:
 
 
 def _say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
+    """Print at once, also into a pipe; when that has gone, what is at work goes on all the same."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def _run_all(selected: Sequence[Notebook], job: Job, slots: Sequence[str | None]) -> dict[str, _Outcome]:

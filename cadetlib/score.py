@@ -4,7 +4,7 @@
     python -m cadetlib.score score --detector detector.safetensors --images DIR --out p_values.csv --alpha 0.05 [--gpus 0,1]
 
 Images are read a chunk at a time by a few threads while the encoder works on the chunk before. The table grows chunk by chunk,
-and the same command goes on where an earlier one was stopped. Exit codes: 0 all files scored; 3 some could not be read (each has
+and the same command goes on where an earlier one was stopped. Exit codes: 0 all files scored; 3 some could not be (each has
 its line, with the reason); 1 wrong input, or a process of several failed; 2 wrong arguments; 130 stopped by the user.
 
 Several processes: --gpus 0,1 (or --parts N, without GPUs) starts one each and merges their tables. Machines that share a file
@@ -44,12 +44,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cadetlib import cadet, checks, data, embed, encoders, processes, record, thresholds
+from cadetlib import cadet, checks, data, embed, encoders, foreign, processes, record, thresholds
 from cadetlib.cadet import CADet
 from cadetlib.data import files_below, images_below, is_image
 
 COLUMNS = ("path", "score", "m_in", "m_out", "p_value", "flagged", "error")
 SOME_FAILED = 3
+RETRY = "when they can be read: the same command with --retry, in a single process"
 _FORMAT = "cadetlib.p_values"
 _CHUNK = 256  # images held at a time, about
 
@@ -173,10 +174,13 @@ def view_sums(detector: CADet, images: Tensor) -> embed.ViewSums:
     return detector.view_sums(filled)[: len(images)]
 
 
-def sums_of_chunk(detector: CADet, chunk: Sequence[Decoded]) -> tuple[list[Decoded], embed.ViewSums | None]:
-    """The chunk with its errors, and the view sums of the images without one, in their order.
+def sums_of_chunk(
+    detector: CADet, chunk: Sequence[Decoded], none_before: bool = False
+) -> tuple[list[Decoded], embed.ViewSums | None]:
+    """The chunk with its errors, and the view sums of the images without one, in their order; None where all have one.
 
-    An image that the encoder has no finite features for gets an error of its own, unless that is so for every image.
+    An image that the encoder has no finite features for gets an error of its own. `none_before`: no image had features yet, so
+    that it is the encoder which is wrong when it has none for any of several: ValueError.
 
     >>> from torch import nn
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8)
@@ -193,9 +197,9 @@ def sums_of_chunk(detector: CADet, chunk: Sequence[Decoded]) -> tuple[list[Decod
     except ValueError:
         tried = [_alone(detector, item) for item in chunk]
         parts = [sums for _, sums in tried if sums is not None]
-        if not parts:
+        if none_before and len(good) > 1 and not parts:
             raise
-        return [item for item, _ in tried], embed.concatenate(parts)
+        return [item for item, _ in tried], embed.concatenate(parts) if parts else None
 
 
 def _alone(detector: CADet, item: Decoded) -> tuple[Decoded, embed.ViewSums | None]:
@@ -215,11 +219,13 @@ def _bar(total: int, what: str) -> Any:
 
 
 def _each_chunk(detector: CADet, folder: Path, what: str, workers: int, failed: list[Decoded]) -> Iterator[embed.ViewSums]:
+    none_yet = True
     with _bar(listing(folder).n_images, what) as bar:
         for chunk in chunks_of(folder, images_below(folder), detector.image_size, _images_per_chunk(detector), workers):
-            found, sums = sums_of_chunk(detector, chunk)
+            found, sums = sums_of_chunk(detector, chunk, none_yet)
             failed += [Decoded(f"{folder}/{item.path}", None, item.error) for item in found if item.error]
             if sums is not None:
+                none_yet = False
                 yield sums
             bar.update(len(chunk))
 
@@ -354,7 +360,7 @@ def _held(path: Path) -> IO[bytes]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")
-    if not processes.locks(file):
+    if not processes.locks(file) or os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:  # or it was replaced meanwhile
         file.close()
         raise ValueError(f"{path}: found another process at work on it, expected none; wait for it or end it")
     return file
@@ -413,14 +419,33 @@ class Table:
         """Write lines, and wait until they are on the disk."""
         self._write(rows)
 
+    def replace(self, lines: Iterable[bytes]) -> None:
+        """Write all lines anew, at once or not at all."""
+        temporary = self.path.with_name(f".{self.path.name}.replacing")
+        temporary.unlink(missing_ok=True)
+        file = _held(temporary)
+        try:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except BaseException:
+            file.close()
+            temporary.unlink()
+            raise
+        self.file.close()
+        self.file = file  # locked since before it had the table's name
+
     def _write(self, rows: Iterable[Sequence[str]]) -> None:
         self.file.write(b"".join(line(row) for row in rows))
         self.file.flush()
         os.fsync(self.file.fileno())
 
 
-def rows_of_chunk(detector: CADet, chunk: Sequence[Decoded], threshold: float) -> list[list[str]]:
+def rows_of_chunk(detector: CADet, chunk: Sequence[Decoded], threshold: float, none_before: bool = False) -> list[list[str]]:
     """A line for each file of a chunk, in its order: numbers with every digit, and an error where there are none.
+
+    `none_before`: as in `sums_of_chunk`.
 
     >>> from torch import nn
     >>> detector = CADet(nn.Flatten(), n_views=4, image_size=8).fit(torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8))
@@ -431,7 +456,7 @@ def rows_of_chunk(detector: CADet, chunk: Sequence[Decoded], threshold: float) -
     >>> bad
     ['2.png', '', '', '', '', '', 'found no readable image']
     """
-    chunk, sums = sums_of_chunk(detector, chunk)
+    chunk, sums = sums_of_chunk(detector, chunk, none_before)
     numbers: Iterator[tuple[float, ...]] = iter(())
     if sums is not None:
         m_in, m_out = detector.similarities_of_sums(sums)
@@ -502,12 +527,18 @@ def settings_of(detector: CADet, folder: str | Path, threshold: float) -> Settin
 
 
 def score_folder(
-    detector: CADet, folder: str | Path, table: str | Path, threshold: float, workers: int = 2, part: Part | None = None
+    detector: CADet,
+    folder: str | Path,
+    table: str | Path,
+    threshold: float,
+    workers: int = 2,
+    part: Part | None = None,
+    retry: bool = False,
 ) -> Counter[str]:
     """Write the p-value of every image below a folder -> how many other files were left out, by ending.
 
     An unfinished table of the same detector, threshold and folder is gone on with. `part`: only that range of the images, into a
-    table of its own beside `table` (see `Part.table`).
+    table of its own beside `table` (see `Part.table`). `retry`: read files again that an earlier run could not read.
 
     >>> from torch import nn
     >>> import tempfile
@@ -525,12 +556,26 @@ def score_folder(
         table, settings = part.table(table), settings.of_part(part, found.digest)
     written = Table(table, settings)
     paths = (path for path in islice(images_below(folder), first, last) if not written.has(path))
+    none_yet = not len(written.done)
+    if retry:
+        _read_again(detector, folder, written, threshold, workers)
     with _bar(last - first, f"part {part}" if part else "score") as bar:
         bar.update(min(last - first, len(written.done)))
         for chunk in chunks_of(folder, paths, detector.image_size, _images_per_chunk(detector), workers):
-            written.append(rows_of_chunk(detector, chunk, threshold))
+            rows = rows_of_chunk(detector, chunk, threshold, none_yet)
+            none_yet &= all(row[-1] for row in rows)
+            written.append(rows)
             bar.update(len(chunk))
     return found.others
+
+
+def _read_again(detector: CADet, folder: str | Path, written: Table, threshold: float, workers: int) -> None:
+    """Read once more the files whose line is an error. Lines keep their place, as if they had never failed."""
+    failed = (row["path"] for row, _ in islice(lines_of(written.path), 1, None) if row["error"])
+    chunks = chunks_of(folder, failed, detector.image_size, _images_per_chunk(detector), workers)
+    again = {row[0]: row for chunk in chunks for row in rows_of_chunk(detector, chunk, threshold)}
+    if again:
+        written.replace(line(again.get(row["path"], list(row.values()))) for row, _ in lines_of(written.path))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------
@@ -763,7 +808,7 @@ def _thumbnail(file: Path, side: int = 176) -> tuple[str, int]:
 
 def _shown(text: str) -> str:
     """Text fit for a page: escaped, and file names that are no Unicode made so."""
-    return html.escape(text.encode("utf-8", "replace").decode())
+    return html.escape(processes.printable(text))
 
 
 def _item(folder: Path, row: dict[str, str]) -> tuple[str, int]:
@@ -792,7 +837,7 @@ def _gallery(folder: str | Path, found: Summary, threshold: float, promised: Any
         rendering="pixelated" if items and max(side for _, side in items) <= 64 else "auto",
         words=words,
         items="\n".join(text for text, _ in items),
-        failures=f"<h2>{found.failed} files could not be read</h2><ul>{failed}</ul>" if found.failed else "",
+        failures=f"<h2>{found.failed} files could not be scored</h2><ul>{failed}</ul>" if found.failed else "",
     )
 
 
@@ -801,7 +846,7 @@ def _gallery(folder: str | Path, found: Summary, threshold: float, promised: Any
 
 def _say(text: str) -> None:
     """A line on stderr: stdout is left to those who pipe it."""
-    print(text.encode("utf-8", "replace").decode(), file=sys.stderr, flush=True)
+    print(processes.printable(text), file=sys.stderr, flush=True)
 
 
 def recorded_encoder(detector: Path) -> str:
@@ -819,21 +864,27 @@ def recorded_encoder(detector: Path) -> str:
     if not name:
         raise ValueError(f"{detector}: found no name of an encoder in it, expected --encoder")
     beside = detector.parent / name
-    return str(beside) if name.endswith(".safetensors") and not Path(name).exists() and beside.exists() else name
+    is_file = name.endswith((".safetensors", *foreign.SUFFIXES))
+    return str(beside) if is_file and not Path(name).exists() and beside.exists() else name
 
 
-def _report_failures(failed: int, first: Sequence[tuple[str, str]]) -> int:
+def _report_failures(failed: int, first: Sequence[tuple[str, str]], what_to_do: str = "") -> int:
     if failed:
-        _say(f"{failed} files could not be read:")
+        _say(f"{failed} files could not be scored:")
         for path, error in first[:10]:
             _say(f"    {path}: {error}")
         if failed > 10:
             _say(f"    and {failed - 10} more")
+        if what_to_do:
+            _say(what_to_do)
     return SOME_FAILED if failed else 0
 
 
 def _run_fit(options: argparse.Namespace) -> int:
     """`fit`: a detector from two folders of normal images."""
+    if Path(options.out).is_dir():
+        raise ValueError(f"--out: found the folder {options.out}, expected a file's name")
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     encoder = encoders.placed(encoders.load_encoder(options.encoder), options.device)
     detector = CADet(
         encoder,
@@ -867,6 +918,10 @@ def _run_score(options: argparse.Namespace) -> int:
     """`score`: a table of p-values for a folder of images, or one part of it."""
     name = options.encoder or recorded_encoder(Path(options.detector))
     elsewhere = bool(options.gpus or options.parts or options.merge)  # the devices are for those who score
+    if options.retry and elsewhere:
+        raise ValueError(
+            "found --retry beside --gpus, --parts or --merge, expected it without them: a single process reads again"
+        )
     encoder = encoders.placed(encoders.load_encoder(name), "cpu" if elsewhere else options.device)
     detector = CADet.load(options.detector, encoder, options.batch_size)
     threshold = _threshold(options, detector)
@@ -875,12 +930,12 @@ def _run_score(options: argparse.Namespace) -> int:
     if elsewhere:
         others = _several(options, settings_of(detector, options.images, threshold))
     else:
-        others = score_folder(detector, options.images, options.out, threshold, options.workers)
+        others = score_folder(detector, options.images, options.out, threshold, options.workers, retry=options.retry)
     return _report(options, len(detector.calibration_scores_), threshold, others)
 
 
 def _run_part(options: argparse.Namespace, detector: CADet, threshold: float, part: Part) -> int:
-    score_folder(detector, options.images, options.out, threshold, options.workers, part)
+    score_folder(detector, options.images, options.out, threshold, options.workers, part, options.retry)
     found = summary(part.table(options.out))
     _say(f"part {part}: {found.n} files, {found.n - found.failed} scored, in {part.table(options.out)}")
     return SOME_FAILED if found.failed else 0
@@ -907,7 +962,7 @@ def _report(options: argparse.Namespace, n_calibration: int, threshold: float, o
     )
     if others:
         _say("no images, left out: " + ", ".join(f"{count} {end}" for end, count in others.most_common(10)))
-    return _report_failures(found.failed, [(row["path"], row["error"]) for row in found.first_failed])
+    return _report_failures(found.failed, [(row["path"], row["error"]) for row in found.first_failed], RETRY)
 
 
 def _count(text: str) -> int:
@@ -938,6 +993,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--threshold", default="", help="instead of --alpha: a threshold saved in notebook 06")
     score.add_argument("--gallery", default="", help="also write a page (.html) of the most anomalous images")
     score.add_argument("--gallery-size", type=int, default=60, help="how many images it shows")
+    score.add_argument("--retry", action="store_true", help="read files again that an earlier run could not read")
     several = score.add_mutually_exclusive_group()
     several.add_argument("--gpus", default="", help="numbers, such as 0,1: a process for each scores a part; then one table")
     several.add_argument("--parts", type=_count, default=0, help="the same with so many processes without a GPU of their own")
@@ -960,6 +1016,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_fit(options) if options.command == "fit" else _run_score(options)
     except (ValueError, OSError) as error:
         _say(f"error: {error}")
+        return 1
+    except torch.OutOfMemoryError as error:
+        _say(f"error: {error} With a smaller --batch-size it takes less.")
         return 1
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from here")

@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +238,10 @@ def test_cifar10_1_is_brought_when_asked_for_and_compared(root, monkeypatch):
     with pytest.raises(ValueError, match="found sha256"):
         data.load("cifar10.1-v4", download=True)
     assert asked == {"cifar10.1_v4_data.npy": data.CIFAR10_1_SHA256["cifar10.1_v4_data.npy"]}
+    asked.clear()
+    with pytest.raises(ValueError, match="found sha256"):  # what is there and is another is brought again
+        data.load("cifar10.1-v4", download=True)
+    assert list(asked) == ["cifar10.1_v4_data.npy"]
     with pytest.raises(FileNotFoundError, match=r"data download cifar10\.1-v6"):
         data.load("cifar10.1-v6")
 
@@ -410,6 +416,52 @@ def test_a_long_picture_is_cut_to_its_centre(tmp_path):
     np.testing.assert_array_equal(data.read_image(tmp_path / "wide.png", 12).permute(1, 2, 0), picture())
 
 
+def test_a_line_of_pixels_takes_no_gigabytes(tmp_path, monkeypatch):
+    """Of 6,000 pixels to one, brought to 224, the middle 64 squares are resized and the middle one is kept."""
+    line = np.zeros((1, 6000, 3), np.uint8)
+    line[0, 2990:3010] = 200
+    asked, resize = [], data.resize_to
+    monkeypatch.setattr(data, "resize_to", lambda images, size: asked.append(images.shape) or resize(images, size))
+    for name, pixels in {"wide.png": line, "high.png": line.transpose(1, 0, 2)}.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert data.read_image(tmp_path / name, 224).unique().tolist() == [200]
+    assert asked == [(1, 3, 1, 64), (1, 3, 64, 1)]
+
+
+def test_an_odd_exif_is_no_reason_not_to_read_an_image(tmp_path):
+    """The orientation counts; what else a camera wrote, and wrote wrongly, does not."""
+    turned, unit = (
+        struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0),
+        struct.pack("<HHI4s", 0x0128, 2, 3, b"cm"),
+    )  # which should be a number
+    exif = b"II*\0" + struct.pack("<IH", 8, 2) + turned + unit + bytes(4)
+    Image.fromarray(picture()).transpose(TURNS[6]).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(data.read_image(tmp_path / "a.png", 12).permute(1, 2, 0), picture())
+
+
+def test_a_link_that_leads_nowhere_is_a_file_that_cannot_be_read(tmp_path):
+    for name, target in {
+        "circle.png": "circle.png",
+        "through.png": "a.png/b.png",
+        "long.png": "x" * 300,
+        "gone.png": "n.png",
+    }.items():
+        (tmp_path / name).symlink_to(target)
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    assert list(data.images_below(tmp_path)) == ["a.png", "circle.png", "gone.png", "long.png", "through.png"]
+
+
+def test_a_name_that_is_no_unicode_can_be_left_out_aloud(tmp_path, monkeypatch):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(b"cut")
+    said = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")  # as a terminal is
+    monkeypatch.setattr(sys, "stdout", said)
+    assert len(data.folder_images(tmp_path, 12, allow_unreadable=1)) == 1
+    said.flush()
+    assert b"caf?.png: found no readable image" in said.buffer.getvalue()
+
+
 @pytest.mark.parametrize("content", [b"", b"no image at all", None], ids=["empty", "text", "truncated"])
 def test_a_file_that_is_no_image_is_named(tmp_path, content):
     path = tmp_path / "broken.png"
@@ -509,6 +561,14 @@ def test_any_folder_is_a_set_by_its_path(root, capsys):
     with pytest.raises(ValueError, match=r"no set named '/pets', expected one of .* or folder:PATH"):
         data.load("/pets")
     assert data.main(["check", "folder:pets"]) == 0 and "3 images" in capsys.readouterr().out
+
+
+def test_a_profile_can_be_downloaded(root, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(data, "load", lambda name, download=False: asked.append((name, download)) or [])
+    assert data.main(["download", "cifar10"]) == 0 and ("cifar10-train", True) in asked
+    asked.clear()
+    assert data.main(["check", "cifar10"]) == 0 and ("cifar10-train", False) in asked
 
 
 def test_check_says_what_is_missing_and_exits_1(root, capsys):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cl
     assert run(home, out, *options) == score.SOME_FAILED
     assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == files, "images were scored again"
     said = capfd.readouterr().err
-    assert f"{len(rows)} images, {len(rows)} done" in said and "3 files could not be read" in said and "broken.png" in said
+    assert f"{len(rows)} images, {len(rows)} done" in said and "3 files could not be scored" in said and "broken.png" in said
     assert f"{sum(row['flagged'] == 'True' for row in expected.values())} flagged at p <= 0.2" in said
 
 
@@ -276,6 +277,22 @@ def test_a_folder_is_gone_on_with_and_files_cut_short_do_not_count(home, detecto
         (out / file).unlink()
     with pytest.raises(ValueError, match="found no row of 30 images"):
         ray_score._check_rows(str(out), paths)
+
+
+@needs_ray
+def test_images_are_read_again_when_asked_to(home, detector, tmp_path, monkeypatch):
+    images, out, asked = tmp_path / "images", str(tmp_path / "out"), []
+    shutil.copytree(home / "images", images, symlinks=True)
+    monkeypatch.setattr(ray_score, "_run", lambda paths, *rest: (asked.append(list(paths)), local_run(paths, *rest)))
+    first = ray_score.score_images(detector, str(images), out, 0.2)
+    good = next(row["path"] for row in rows_of(out) if not row["error"])
+    (images / "broken.png").unlink()
+    shutil.copy(images / good, images / "broken.png")
+    assert ray_score.score_images(detector, str(images), out, 0.2).failed == first.failed == len(DAMAGED)
+    found = ray_score.score_images(detector, str(images), out, 0.2, retry=True)
+    assert (found.n, found.failed, set(asked[1])) == (first.n, first.failed - 1, DAMAGED)
+    row = {row["path"]: row for row in rows_of(out)}
+    assert row["broken.png"] == row[good] | {"path": "broken.png"}
 
 
 @needs_ray

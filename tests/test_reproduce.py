@@ -289,6 +289,18 @@ def test_a_notebook_of_several_processes_gets_a_gpu_for_each_or_all_there_are(ch
         assert first == expected and "," not in second
 
 
+def test_notebooks_go_on_when_nobody_reads_along(checkout, write_notebook):
+    """As behind `| head -n 1`, or a `tee` whose disk is full."""
+    for name in ("00_a", "01_b"):
+        write_notebook(name, "run.save(x=1)")
+    command = [sys.executable, "-c", "import sys; from cadetlib import reproduce; sys.exit(reproduce.main(['tiny']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    assert (checkout / "outputs/tiny/01_b.json").exists()
+
+
 # --- failures and kills ---------------------------------------------------------------------------------------------------
 
 SLOW = """

@@ -107,7 +107,7 @@ def test_every_file_has_its_line_with_the_library_s_numbers(home, detector, tmp_
     for path in failed:
         assert rows[path]["error"] and not any(rows[path][key] for key in ("score", "p_value", "flagged"))
     said = capfd.readouterr().err
-    assert "27 files, 24 scored" in said and "3 files could not be read" in said and "1 .txt" in said and "broken.png" in said
+    assert "27 files, 24 scored" in said and "3 files could not be scored" in said and "1 .txt" in said and "broken.png" in said
 
 
 def test_a_score_depends_on_its_image_alone_to_the_last_bit(home, detector, tmp_path, monkeypatch):
@@ -247,8 +247,85 @@ def test_an_image_without_features_is_an_error_of_its_own():
     found, sums = score.sums_of_chunk(detector, [*chunk, score.Decoded("x", None, "broken")])
     assert [bool(item.error) for item in found] == [False, True, False, True] and "NaN" in found[1].error
     torch.testing.assert_close(sums.means, detector.view_sums(light[[0, 2]]).means, atol=0, rtol=0)
-    with pytest.raises(ValueError, match="NaN"):  # of all images: the encoder's fault
-        score.sums_of_chunk(detector, chunk[1:2])
+    alone, sums = score.sums_of_chunk(detector, chunk[1:2], none_before=True)
+    assert "NaN" in alone[0].error and sums is None
+    dark = [chunk[1], chunk[1]]
+    assert all(item.error for item in score.sums_of_chunk(detector, dark)[0]), "others had features: it is these images"
+    with pytest.raises(ValueError, match="NaN"):  # no image of several had any, and none before: the encoder's fault
+        score.sums_of_chunk(detector, dark, none_before=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 256])
+def test_lines_do_not_depend_on_the_chunks_they_came_in(tmp_path, monkeypatch, chunk):
+    """An image without features has its line wherever it stands, alone too."""
+    detector = CADet(Blind(), n_views=3, image_size=8, batch_size=3)
+    detector.fit(*torch.randint(100, 200, (2, 9, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    images = fill(tmp_path / "images", [f"{i}.png" for i in range(8)], 0)
+    Image.new("RGB", (8, 8)).save(images / "9.png")
+    monkeypatch.setattr(score, "_CHUNK", chunk)
+    score.score_folder(detector, images, tmp_path / "p.csv", 0.1)
+    monkeypatch.setattr(score, "_CHUNK", 256)
+    score.score_folder(detector, images, tmp_path / "whole.csv", 0.1)
+    assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert [path for path, row in table(tmp_path / "p.csv").items() if row["error"]] == ["9.png"]
+
+
+def test_what_can_be_read_again_has_the_line_of_a_run_without_errors(home, tmp_path, capfd):
+    images, out = tmp_path / "images", tmp_path / "p.csv"
+    fill(images, [f"{i}.png" for i in range(9)], 300)
+    whole = {name: (images / name).read_bytes() for name in ("2.png", "5.png")}
+    for name in whole:
+        (images / name).write_bytes(b"cut")
+    again = ["--images", images, "--out", out]
+    assert run("score", home, *again) == score.SOME_FAILED and "with --retry" in capfd.readouterr().err
+    before = out.read_bytes()
+    assert run("score", home, *again, "--retry") == score.SOME_FAILED and out.read_bytes() == before, "still broken"
+    (images / "2.png").write_bytes(whole["2.png"])
+    assert run("score", home, *again) == score.SOME_FAILED and out.read_bytes() == before, "only when asked to"
+    assert run("score", home, *again, "--retry") == score.SOME_FAILED and not table(out)["2.png"]["error"]
+    (images / "5.png").write_bytes(whole["5.png"])
+    fill(images, ["late.png"], 400)
+    assert run("score", home, *again, "--retry") == 0
+    assert run("score", home, "--images", images, "--out", tmp_path / "fresh.csv") == 0
+    assert out.read_bytes() == (tmp_path / "fresh.csv").read_bytes()
+    assert not [path.name for path in tmp_path.iterdir() if "replacing" in path.name]
+    assert run("score", home, *again, "--retry", "--parts", 2) == 1 and "expected it without them" in capfd.readouterr().err
+
+
+def test_a_table_that_is_written_anew_stays_locked(home, detector, tmp_path):
+    written = score.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
+    early = open(tmp_path / "p.csv", "ab")  # before it is replaced, as another process may
+    with pytest.raises(OSError, match="full"):
+        written.replace(iter([b"one", *map(fail, ["disk full"])]))
+    assert (tmp_path / "p.csv").read_bytes() == score.line(score.COLUMNS)
+    written.replace([score.line(score.COLUMNS)])
+    with pytest.raises(ValueError, match="another process"):
+        score.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
+    written.append([["a.png", *[""] * 5, "gone"]])
+    assert set(table(tmp_path / "p.csv")) == {"a.png"}
+    early.close()
+
+
+def fail(why):
+    raise OSError(why)
+
+
+def test_a_detector_finds_its_encoder_beside_it(detector, tmp_path):
+    for name in ("encoder.safetensors", "simclr.ckpt"):
+        (tmp_path / name).touch()
+        detector.save(tmp_path / "d.safetensors", encoder_name=name)
+        assert score.recorded_encoder(tmp_path / "d.safetensors") == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(home, tmp_path, capfd, device):
+    assert run("score", home, "--out", tmp_path / "p.csv", "--device", device) == 1
+    assert f"device: found '{device}'" in capfd.readouterr().err
+
+
+def test_fit_asks_for_its_place_before_it_computes(home, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(score, "fit_folders", fail)
+    assert run("fit", home, "--out", tmp_path) == 1 and "expected a file's name" in capfd.readouterr().err
 
 
 def test_the_gallery_is_one_page_of_the_smallest_scores(home, tmp_path):
@@ -259,7 +336,7 @@ def test_the_gallery_is_one_page_of_the_smallest_scores(home, tmp_path):
     shown = [float(p) for p in re.findall(r"<b>p = ([\d.e-]+)</b>", text)]
     assert shown == pytest.approx([float(row["p_value"]) for row in order], rel=1e-3) and len(shown) == 24
     assert text.count('src="data:image/png;base64,') == 24 and not re.search("https?:|<script|<link|@import|url[(]", text)
-    assert str(home) not in text and "<b>bold" not in text and "&lt;b&gt;bold" in text and "3 files could not be read" in text
+    assert str(home) not in text and "<b>bold" not in text and "&lt;b&gt;bold" in text and "3 files could not be scored" in text
 
 
 def test_what_cannot_be_promised_is_refused_with_what_would_do(home, tmp_path, capfd):
