@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cadetlib import checks, rng
 from cadetlib.encoders import device_of, encode
@@ -72,9 +71,12 @@ def pgd(
             moved = (x + eps * (2 * draws.view_as(x) - 1)).clamp(low, high)
         for _ in range(n_steps):
             moved = moved.detach().requires_grad_()
-            # In float64, since 1 - p(label) rounds to 0 in float32 and would hide the gradient of a confident victim.
-            loss = F.cross_entropy(encode(classifier, moved, "classifier").double(), y, reduction="sum")
-            moved = (moved + step * input_gradient(loss, moved).sign()).clamp(low, high)
+            # The cross entropy is log(1 + exp(-lead)), whose gradient vanishes where a victim is confident; that of the lead, of
+            # the same sign, does not.
+            logits = encode(classifier, moved, "classifier").double()
+            others = logits.scatter(1, y[:, None], -math.inf).logsumexp(dim=1)
+            lead = logits.gather(1, y[:, None])[:, 0] - others
+            moved = (moved - step * input_gradient(lead.sum(), moved).sign()).clamp(low, high)
         return moved.detach()
 
     return _in_batches(perturb, classifier, images, labels, batch_size)
@@ -319,10 +321,7 @@ def count_classes(classifier: nn.Module, image: Tensor) -> int:
     logits = encode(classifier, image.requires_grad_(), "classifier")
     if logits.shape[1] < 2:
         raise ValueError(f"classifier: returned {logits.shape[1]} logit per image, expected one per class, at least 2")
-    if not logits.requires_grad or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None:
-        raise ValueError(
-            "classifier: found no gradient from logits to images, expected one (is there a no_grad or detach inside?)"
-        )
+    input_gradient(logits.sum(), image)
     return logits.shape[1]
 
 
@@ -333,14 +332,23 @@ def _check_steps(n_steps: int, **sizes: float) -> None:
     checks.at_least(n_steps, "n_steps", 1)
 
 
-def input_gradient(loss: Tensor, at: Tensor) -> Tensor:
+def input_gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
     """The gradient of a scalar loss at a tensor, and nowhere else: none is left on the classifier's parameters.
+
+    ValueError where none comes back, or none that is finite.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> input_gradient(x.square().sum(), x), x.grad
     (tensor([2., 4.]), None)
     """
-    return checks.finite(torch.autograd.grad(loss, at)[0], "classifier's gradients")
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, at, retain_graph=retain_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "classifier: found no gradient from logits to images, expected one (is there a no_grad or detach inside?)"
+        )
+    return checks.finite(gradient, "classifier's gradients")
 
 
 def linf_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

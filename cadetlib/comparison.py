@@ -7,6 +7,7 @@ on attacks are tuned on images set aside for it, which no row is scored on, and 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,20 @@ class Field:
     def attacked(self) -> dict[str, Tensor]:
         """The in-distribution images and the sets made from them."""
         return {name: images for name, images in self.sets.items() if name == IN_DISTRIBUTION or self.paired[name]}
+
+    @property
+    def tested(self) -> dict[str, Tensor]:
+        """Of each set what the first split tests: for systems that are slow, and asked on that split alone."""
+        test, own = self.divisions[0].test, self.attacked
+        return {name: images[test] if name in own else images for name, images in self.sets.items()}
+
+    def of_tested(self, name: str, scores: Tensor) -> Tensor:
+        """Scores of `tested` images where these stand in their set; NaN for the others, which no row asks for."""
+        if name not in self.attacked:
+            return scores
+        placed = torch.full((len(self.sets[name]),), math.nan, dtype=scores.dtype)
+        placed[self.divisions[0].test] = scores
+        return placed
 
     def pairs(self, scores: Scores, anomaly: str) -> list[Pair]:
         """For each split, the scores of its in-distribution test images and of the anomalies that belong to it."""
@@ -326,18 +341,19 @@ def hu_rows(
     calibrated.fit_criteria(classifier, measured)
     seconds = seconds_per_image(untuned.score_samples, clean)
     found = {}
-    for name, images in field.sets.items():
+    for name, images in field.tested.items():
         say(f"Hu, {encoder} encoder: walks of {len(images)} images of {name}")
         found[name] = hu.criteria(classifier, images, **untuned.settings())
     about = dict(seconds=seconds, forwards=_passes(untuned, found))
     rows = []
     for system, detector in (("Hu", untuned), ("HuSelfCalibrated", calibrated)):
-        scores = {name: detector.score_criteria(c) for name, c in found.items()}
+        scores = {name: field.of_tested(name, detector.score_criteria(c)) for name, c in found.items()}
         rows += rows_of(system, encoder, field, scores, cadet_pairs, tuned=False, **about)
     say(f"Hu, {encoder} encoder: tuning on {len(tuning[1])} attacked images")
     tuned = hu.tune_hu(classifier, *tuning, **settings)
-    found = {name: hu.criteria(classifier, images, **tuned.settings()) for name, images in field.attacked.items()}
-    scores = {name: tuned.score_criteria(criteria) for name, criteria in found.items()}
+    tested = {name: images for name, images in field.tested.items() if name in field.attacked}
+    found = {name: hu.criteria(classifier, images, **tuned.settings()) for name, images in tested.items()}
+    scores = {name: field.of_tested(name, tuned.score_criteria(criteria)) for name, criteria in found.items()}
     chosen = {key: getattr(tuned, key) for key in hu.GRID}
     about = dict(seconds=seconds_per_image(tuned.score_samples, clean), forwards=_passes(tuned, found))
     return rows + rows_of("Hu tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)

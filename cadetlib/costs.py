@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cadetlib import checks, data, encoders, experiments, imagenet, pretrain, reproduce
+from cadetlib import checks, data, encoders, experiments, hu, imagenet, pretrain, reproduce
 
 COUNTS = {"cifar10-train": 50_000, "cifar10-test": 10_000, "cifar10.1-v6": 2000, "cifar10.1-v4": 2021, "mnist-test": 10_000}
 KINDS = ("trained", "forward", "attacked")  # what a rate is about
@@ -80,7 +80,6 @@ def of_profile(profile: str) -> list[Cost]:
     pools = n_images(p2["reference"]) + sum(map(n_images, p2["shifted"]))
     samples = n_images(p3["in_distribution"], p3["n_held_out"])
     compared = samples * (1 + len(p3["attacks"])) + sum(map(n_images, p3["unseen"]))
-    walks = min(p4["n_hu"], held_out) * (1 + len(p4["attacks"]) + len(p4["unseen"]))
     attacked = experiments.ATTACK_NAMES.values()
     crops = held_out + sum(held_out if name in attacked else n_images(name, p4["n_unseen"]) for name in p5["crop_sets"])
     features = _FLOAT * _features(p1)
@@ -115,7 +114,7 @@ def of_profile(profile: str) -> list[Cost]:
             forward=_N_ENCODERS * (taught + 3 * scored),  # features; ODIN's first and last pass
             attacked=_N_ENCODERS * scored,
         ),
-        Cost("04 Hu et al., at most", attacked=_N_ENCODERS * walks * (p4["hu_cap_targeted"] + p4["hu_cap_untargeted"])),
+        Cost("04 Hu et al., at most", attacked=_N_ENCODERS * hu_steps(p4, held_out)),
         Cost("05 areas of a view", forward=len(p5["crop_scales"]) * p5["crop_n_views"] * crops),
         Cost("05 other backbones", forward=len(p5["other_backbones"]) * p5["crop_n_views"] * scored),
         Cost(
@@ -124,6 +123,18 @@ def of_profile(profile: str) -> list[Cost]:
             attacked=study * p4["pgd_n_steps"] * (len(p5["study_victims"]) + 3 + len(p5["study_strengths"])),
         ),
     ]
+
+
+def hu_steps(given: Mapping[str, Any], n_held_out: int) -> int:
+    """The most steps that the walks of Hu et al.'s rows can take, of one encoder in a notebook 04 with these parameters.
+
+    >>> hu_steps(dict(n_hu=10, n_tuning=0, attacks=["pgd"], hu_cap_targeted=2, hu_cap_untargeted=3), n_held_out=100)
+    250
+    """
+    n, caps = min(given["n_hu"], n_held_out), {"lr": given["hu_cap_targeted"], "lr_untargeted": given["hu_cap_untargeted"]}
+    once = n * sum(caps.values())  # of as many images as are tested: the calibration images; then clean and attacked ones, twice
+    tuning = 2 * given["n_tuning"] * sum(len(hu.GRID[key]) * cap for key, cap in caps.items())  # each step size of either walk
+    return once * (1 + 2 * (1 + len(given["attacks"]))) + tuning if n else 0
 
 
 def _training(given: Mapping[str, Any], objective: str, n_train: int) -> Cost:

@@ -20,7 +20,7 @@ from pytorch_ood import detector as ood
 from torch import Tensor, nn
 
 from cadetlib import checks, metrics
-from cadetlib.attacks import evaluating
+from cadetlib.attacks import evaluating, input_gradient
 from cadetlib.embed import embed
 from cadetlib.encoders import encode
 from cadetlib.hu import Hu, HuSelfCalibrated
@@ -698,8 +698,7 @@ def odin_directions(classifier: nn.Module, x: Tensor, temperatures: Sequence[flo
     largest, predicted = logits.max(dim=1)
     others = logits.scatter(1, predicted[:, None], -math.inf)
     leads = [(largest - t * (others / t).logsumexp(dim=1)).sum() for t in temperatures]
-    gradients = [torch.autograd.grad(lead, x, retain_graph=True)[0] for lead in leads]
-    return [checks.finite(gradient, "classifier's gradients").sign() for gradient in gradients], logits.detach()
+    return [input_gradient(lead, x, retain_graph=True).sign() for lead in leads], logits.detach()
 
 
 def tune_odin(

@@ -264,6 +264,11 @@ def attacked(
     if cache is None:
         return attacks.ATTACKS[name](classifier, images, labels, **settings)
     digest = hashlib.sha256(encoders.fingerprint(classifier).encode())
+    # The fingerprint is of what is saved: how a part pads, and what normalises its input, may not be.
+    weights, parts = classifier.state_dict(), classifier.named_modules()
+    unsaved = {name: values.tolist() for name, values in classifier.named_buffers() if name not in weights}
+    unsaved |= {f"config of {name}": part.config for name, part in parts if hasattr(part, "config")}
+    digest.update(json.dumps(unsaved, sort_keys=True, default=str).encode())
     digest.update(json.dumps([name, settings, list(images.shape), str(images.dtype)], sort_keys=True).encode())
     digest.update(images.cpu().contiguous().numpy().tobytes() + labels.cpu().contiguous().numpy().tobytes())
     path = Path(cache) / f"attack-{digest.hexdigest()[:32]}.safetensors"

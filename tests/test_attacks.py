@@ -61,6 +61,19 @@ def test_fgsm_and_pgd_reach_the_corner_of_the_ball_for_a_confident_linear_victim
     torch.testing.assert_close(attacked, (images + 0.07 * corner).float(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1, 10, 1000])
+def test_how_sure_a_victim_is_does_not_change_its_attack(factor):
+    """Three classes, the label far ahead: half of the way up the cross entropy is to lower the label, whose own gradient is 0
+    in float64 from a lead of 37 on."""
+    weight = np.random.default_rng(0).normal(size=(3, 48))
+    images = pixels(6, low=0.2, high=0.8)
+    bias = 10 * np.array([0.0, 0.0, 1.0]) - flat(images).mean(axis=0) @ weight.T
+    found = fgsm(linear(factor * weight, factor * bias), images, torch.full((6,), 2), eps=0.05)
+    others = torch.from_numpy(factor * (flat(images) @ weight.T + bias)[:, :2]).softmax(dim=1).numpy()
+    upward = torch.from_numpy(np.sign(others @ weight[:2] - weight[2])).view_as(images)
+    torch.testing.assert_close(found, (images + 0.05 * upward).float())
+
+
 def test_fgsm_and_pgd_equal_a_numpy_loop_for_softmax_regression():
     rng = np.random.default_rng(1)
     weight, bias = rng.normal(size=(5, 48)).astype(np.float32), rng.normal(size=5).astype(np.float32)

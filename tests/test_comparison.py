@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import attack_study, attacks, cadet, claims, comparison, data, embed, encoders, experiments, hu, metrics
+from cadetlib import attack_study, attacks, cadet, claims, comparison, costs, data, embed, encoders, experiments, hu, metrics
 from cadetlib.detectors import DETECTORS
 from cadetlib.experiments import IN_DISTRIBUTION
 from cadetlib.views import EvalViews
@@ -169,9 +169,29 @@ def test_a_tuned_row_says_what_the_tuned_detector_costs(world, rows):
     assert of(rows, "ODIN tuned", "FGSM")["forwards"] == DETECTORS["ODIN"](**chosen).forwards
     tuned, small = of(rows, "Hu tuned", "FGSM"), field.first(15, ["FGSM"])
     detector = hu.Hu(**HU | tuned["chosen"])
-    found = [hu.criteria(known.classifier, images, **detector.settings()) for images in small.sets.values()]
+    found = [hu.criteria(known.classifier, images[:15], **detector.settings()) for images in small.sets.values()]
     passes = torch.cat([hu.forward_passes(c, detector.cap_targeted, detector.cap_untargeted) for c in found])
     assert tuned["forwards"] == pytest.approx(float(passes.mean()))
+
+
+def test_hu_walks_cost_at_most_what_is_told(monkeypatch):
+    """The costliest rows after training, counted where no image ever leaves its class: as the cost sheet counts them."""
+    images, passes = torch.rand(40, 3, 4, 4), []
+    known = comparison.Known(encoders.Classifier(nn.Flatten(), nn.Linear(48, 2)), images.flatten(1), torch.arange(40) % 2)
+    with torch.no_grad():
+        known.classifier.head.weight.mul_(1e-3)
+        known.classifier.head.bias.copy_(torch.tensor([9.0, 0.0]))
+    field = comparison.Field({IN_DISTRIBUTION: images, "PGD": images}, {"PGD": True}, experiments.splits(40, 1, 5, 10))
+    small, steps = field.first(8, ["PGD"]), hu.steps_to_leave
+    monkeypatch.setattr(
+        hu,
+        "steps_to_leave",
+        lambda c, x, targeted, lr, r, cap, *rest: passes.append(len(x) * cap) or steps(c, x, targeted, lr, r, cap, *rest),
+    )
+    monkeypatch.setattr(comparison, "seconds_per_image", lambda *_: 0.0)
+    comparison.hu_rows("contrastive", small, known, (images[:6], images[6:12]), {}, HU, say=lambda _: None)
+    given = dict(n_hu=8, n_tuning=6, attacks=["pgd"], hu_cap_targeted=3, hu_cap_untargeted=3)
+    assert sum(passes) == costs.hu_steps(given, n_held_out=40)
 
 
 def test_the_population_of_published_programs_by_hand(world, rows):

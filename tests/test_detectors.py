@@ -489,3 +489,17 @@ def test_a_fitted_detector_survives_pickling(name):
     again = pickle.loads(pickle.dumps(detector))
     assert type(again) is type(detector)
     assert torch.equal(again.score_features(X[:7]), detector.score_features(X[:7]))
+
+
+def test_odin_says_so_where_no_gradient_comes_back():
+    class Frozen(nn.Flatten):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    images, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 2
+    classifier = Classifier(Frozen(), nn.Linear(48, 2))
+    detector = DETECTORS["ODIN"](step=0.01).fit(classifier, images, labels)
+    with pytest.raises(ValueError, match="found no gradient from logits to images, expected one"):
+        detector.score_samples(images)
+    assert len(DETECTORS["ODIN"](step=0.0).fit(classifier, images, labels).score_samples(images)) == 8

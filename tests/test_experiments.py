@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, data, embed, experiments, metrics, mmd, two_sample
+from cadetlib import cadet, data, embed, encoders, experiments, metrics, mmd, two_sample
 from cadetlib.views import EvalViews
 
 
@@ -237,6 +237,20 @@ def test_attack_settings_and_cache(tmp_path):
     assert len(list(tmp_path.glob("attack-*.safetensors"))) == 3, "other settings must not find the cached images"
     with pytest.raises(ValueError, match="found 'pdg'"):
         experiments.attacked("pdg", classifier, images, labels)
+
+
+@pytest.mark.parametrize("other", [dict(std=(0.1, 0.5, 0.3)), dict(stem="cifar-linear")])
+def test_another_victim_of_the_same_weights_is_attacked_anew(tmp_path, other):
+    """What normalises its input, and how its stem ends, is not among its weights."""
+    torch.manual_seed(0)
+    one = encoders.ResNet("resnet10", 4, "cifar", 8).eval()
+    two = encoders.ResNet(**dict(arch="resnet10", width=4, stem="cifar", image_size=8) | other).eval()
+    two.load_state_dict(one.state_dict())
+    head, images, labels = nn.Linear(32, 3), torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    for network in (one, two):
+        victim = encoders.Classifier(network, head)
+        found = experiments.attacked("fgsm", victim, images, labels, tmp_path, eps=0.1)
+        assert torch.equal(found, experiments.attacked("fgsm", victim, images, labels, eps=0.1))
 
 
 def test_sets_of_images_come_back_as_they_were(tmp_path):
