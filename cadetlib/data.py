@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadetlib import checks, corruptions, imagenet, processes
+from cadetlib import checks, corruptions, imagenet, processes, record
 from cadetlib.views import resize_to
 
 if TYPE_CHECKING:
@@ -204,14 +204,12 @@ def folder_set(folder: str | Path, name: str = "") -> FolderSet:
 
 
 def root() -> Path:
-    """The data root: CADET_DATA, else data/ beside the package.
+    """The data root: `record.data_root`.
 
-    >>> from unittest import mock
-    >>> with mock.patch.dict(os.environ, CADET_DATA="~/sets"):
-    ...     root() == Path.home() / "sets"
+    >>> root() == record.data_root()
     True
     """
-    return Path(os.environ.get("CADET_DATA") or Path(__file__).resolve().parents[1] / "data").expanduser()
+    return record.data_root()
 
 
 def _rgb(images: np.ndarray) -> Tensor:
@@ -269,8 +267,10 @@ def _torchvision_set(class_name: str, split: Mapping[str, Any], place: str) -> C
         try:
             found = getattr(datasets, class_name)(folder, **split, download=download)
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise (ValueError(why) if (folder / place).exists() else FileNotFoundError(why)) from error
+            if (folder / place).exists():
+                raise ValueError(f"{place}: found files of another md5 than the official ones") from error
+            why = f" ({str(error).splitlines()[0]})" if download else ""
+            raise FileNotFoundError(f"found no {folder / place}{why}") from error
         images = found.data if class_name != "SVHN" else found.data.transpose(0, 2, 3, 1)
         labels = found.targets if hasattr(found, "targets") else found.labels
         return ImageSet(name, _rgb(np.asarray(images)), torch.as_tensor(np.asarray(labels)).long())
@@ -319,6 +319,21 @@ def _archive(path: str, labels: str | None) -> Callable[[Path, str, bool], Image
     def load(folder: Path, name: str, _: bool) -> ImageSet:
         with np.load(_existing(folder / path), allow_pickle=False) as file:
             return ImageSet(name, _rgb(file["images"]), torch.from_numpy(file[labels]).long() if labels else None)
+
+    return load
+
+
+def _first(
+    n: int, whole: Callable[[Path, str, bool], ImageSet], path: str, labels: str | None
+) -> Callable[[Path, str, bool], ImageSet]:
+    """The first n images of a whole set: cut from it, or from a small file at `path` that has these alone."""
+    small = _archive(path, labels)
+
+    def load(folder: Path, name: str, download: bool) -> ImageSet:
+        if (folder / path).exists():
+            return small(folder, name, download)
+        found = whole(folder, name, download)[:n]
+        return found if labels else replace(found, labels=None)
 
     return load
 
@@ -568,7 +583,8 @@ def _part(whole: str, part: slice, merged: int = 1) -> _Source:
 
 FOLDER = "folder"  # "folder:PATH" names the images below any folder
 _DOWNLOAD = "run `python -m cadetlib.data download {name}`"
-_BY_HAND = "put it there; it is a small cut of a public set, and the full set goes by another name"
+_CIFAR100 = _torchvision_set("CIFAR100", {"train": False}, "cifar-100-python")
+_SVHN = _torchvision_set("SVHN", {"split": "train"}, "train_32x32.mat")
 SOURCES: dict[str, _Source] = {
     "digits": _Source(_digits, "install scikit-learn"),
     "digits-train": _Source(_digits_part("train"), "install scikit-learn"),
@@ -580,12 +596,14 @@ SOURCES: dict[str, _Source] = {
     "cifar10-test": _Source(_torchvision_set("CIFAR10", {"train": False}, "cifar-10-batches-py"), _DOWNLOAD, True),
     "cifar10.1-v6": _Source(_cifar10_1("v6", 2000), _DOWNLOAD, True),
     "cifar10.1-v4": _Source(_cifar10_1("v4", 2021), _DOWNLOAD, True),
-    "cifar100-test": _Source(_torchvision_set("CIFAR100", {"train": False}, "cifar-100-python"), _DOWNLOAD, True),
-    "cifar100-first2000": _Source(_archive("cifar100/cifar100_test_first2000.npz", "fine_labels"), _BY_HAND),
+    "cifar100-test": _Source(_CIFAR100, _DOWNLOAD, True),
+    "cifar100-first2000": _Source(
+        _first(2000, _CIFAR100, "cifar100/cifar100_test_first2000.npz", "fine_labels"), _DOWNLOAD, True
+    ),
     "svhn-test": _Source(_torchvision_set("SVHN", {"split": "test"}, "test_32x32.mat"), _DOWNLOAD, True),
-    "svhn-first1083": _Source(_archive("svhn/svhn_train_first1083.npz", None), _BY_HAND),
+    "svhn-first1083": _Source(_first(1083, _SVHN, "svhn/svhn_train_first1083.npz", None), _DOWNLOAD, True),
     "mnist-test": _Source(_mnist, _DOWNLOAD, True),
-    "flowers64": _Source(_folder("flowers64", 64), _BY_HAND),
+    "flowers64": _Source(_folder("flowers64", 64), imagenet.FLOWERS64),
     **{name: _Source(_files(expected), expected.get) for name, expected in imagenet.SETS.items()},
     # For the dry run of the profile imagenet; the sample has one image of each of its classes.
     "imagenet-sample-first57": _part("imagenet-sample", slice(57), merged=3),
@@ -621,7 +639,7 @@ def load(name: str, download: bool = False, allow_unreadable: int = 0) -> ImageS
         images = source.load(root(), name, download and source.downloads)
         return replace(images, allow_unreadable=allow_unreadable) if isinstance(images, FolderSet) else images
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: {error} (data root {root()}, set by CADET_DATA); to get it, {step}") from error
+        raise FileNotFoundError(f"{name}: {error} (data root {root()}; CADET_DATA names another); to get it, {step}") from error
     except (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{name}: found no readable files ({error}), expected whole ones below {root()}; to get them, {step}"

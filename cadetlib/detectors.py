@@ -283,7 +283,11 @@ class _Library(PostHoc):
         if self.needs_every_class and len(labels.unique()) < head.out_features:
             raise ValueError(f"labels: found {len(labels.unique())} classes, expected each of the head's {head.out_features}")
         self.detector_ = type(self).library(None, self._head(features), **self.settings)
-        getattr(self.detector_, f"fit_{self.takes}")(self._input(features), labels)
+        try:
+            getattr(self.detector_, f"fit_{self.takes}")(self._input(features), labels)
+        except ValueError as error:  # the library's own words
+            found = f"features: found none that {type(self).__name__} can learn from ({error})"
+            raise ValueError(f"{found}, expected some of each class, predicted right by the head") from error
 
     def scores(self, features: Tensor) -> Tensor:
         return -getattr(self.detector_, f"predict_{self.takes}")(self._input(features))

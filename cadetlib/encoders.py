@@ -168,6 +168,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise ValueError(f"encoder: found {type(encoder).__name__}, expected a torch.nn.Module from images to features")
         _check_head(head, getattr(encoder, "dim", None))
         self.encoder, self.head = encoder, head
 

@@ -2,9 +2,9 @@
 
 A description of files, which reads none of them: `data` does. Where a publisher gives no checksum, that is what is said.
 
-    python -m cadetlib.imagenet FOLDER    write X_val(1), X_val(2) and the test images of the profile `imagenet` as lists
+    python -m cadetlib.imagenet FILE    write which images are X_val(1), X_val(2) and test in the profile `imagenet`, as a CSV
 
-Those of the profile as it is stand in params/imagenet/lists.csv.
+That of the profile as it is: params/imagenet/lists.csv.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cadetlib import parameters, record
@@ -40,6 +39,11 @@ _UNPACK = (
     "register at image-net.org, put {archive} and ILSVRC2012_devkit_t12.tar.gz into imagenet/ of the data root, and there run "
     "`python -c \"from torchvision.datasets import ImageNet; ImageNet('imagenet', '{part}')\"`, which compares their md5 and "
     "unpacks them into imagenet/{part}/n01440764/ and so on"
+)
+FLOWERS64 = (
+    "take data/flowers/ of github.com/JoelOscarsson/dl-assignment (commit 05bf18b) without its files aug_*, bring the first 200 "
+    "by name of each of its five kinds to 64 x 64 (shorter side bicubic, centre crop, JPEG of quality 75), and put them into "
+    "flowers64/KIND/"
 )
 SETS: dict[str, Folder] = {
     "imagenet-train": Folder(
@@ -78,15 +82,16 @@ SETS: dict[str, Folder] = {
         "imagenet-sample",
         63,
         63,
-        "put a folder with one image of every 16th class, in the order of their WordNet ids, into imagenet-sample/: of "
-        "github.com/EliSchwartz/imagenet-sample-images, one sub-folder a class; for trying, far too few for a result",
+        "take every 16th image, from the first on, of github.com/EliSchwartz/imagenet-sample-images (commit bc69043), which has "
+        "one of each class, in the order of their WordNet ids, and put each into imagenet-sample/ID/, such as "
+        "imagenet-sample/n01440764/; for trying, far too few for a result",
         "none published",
     ),
     "flowers64-daisies": Folder(
         "flowers64/daisy",
         200,
         0,
-        "put 200 photographs of daisies into flowers64/daisy/, a part of the set flowers64; for trying",
+        f"{FLOWERS64}; for trying",
         "none published",
     ),
 }
@@ -175,50 +180,33 @@ def drawn(files: Sequence[str], given: Mapping[str, Any]) -> list[dict[str, list
 
 
 def one_table(lists: Sequence[Mapping[str, Sequence[str]]]) -> str:
-    """The lists of all splits as one CSV: a line an image, and what it is in each split.
+    """The lists of all splits as one CSV: a line an image, by its file's name without folders, and what it is in each split.
 
     >>> print(one_table([dict(x_val_1=["b"], x_val_2=["a"]), dict(x_val_1=["a"], x_val_2=["b"])]), end="")
     file,split-0,split-1
     a,x_val_2,x_val_1
     b,x_val_1,x_val_2
     """
-    part_of = [{name: part for part, names in one.items() for name in names} for one in lists]
+    part_of = [{os.path.basename(name): part for part, names in one.items() for name in names} for one in lists]
     head = ",".join(["file", *(f"split-{i}" for i in range(len(lists)))])
     return "".join(f"{line}\n" for line in [head, *(",".join([n, *(parts[n] for parts in part_of)]) for n in sorted(part_of[0]))])
 
 
-def write_lists(folder: Path, given: Mapping[str, Any]) -> list[Path]:
-    """`published_lists` as text, one name a line: FOLDER/split-0/x_val_1.txt and so on; returns the files.
-
-    >>> given = dict(in_distribution="digits", classes=[], n_held_out=0)
-    >>> write_lists(Path("lists"), given)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ValueError: in_distribution: found digits, expected a set of image files, one of ...
-    """
-    written = []
-    for i, lists in enumerate(published_lists(given)):
-        for part, names in lists.items():
-            path = folder / f"split-{i}" / f"{part}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{name}\n" for name in names))
-            written.append(path)
-    return written
-
-
 def main(arguments: Sequence[str]) -> int:
     """The command line of this module."""
-    if len(arguments) != 1:
-        print("usage: python -m cadetlib.imagenet FOLDER", file=sys.stderr)
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m cadetlib.imagenet FILE", file=sys.stderr)
         return 2
     notebook = record.checkout() / "notebooks" / "04_cadet_tables.ipynb"
     defaults = {name: parameter.value for name, parameter in parameters.declared(notebook).items()}
     file = record.checkout() / "params" / "imagenet" / f"{notebook.stem}.yaml"
     try:
-        written = write_lists(Path(arguments[0]), parameters.validate(defaults, parameters.read_yaml(file), file))
-    except (FileNotFoundError, ValueError) as error:
+        lists = published_lists(parameters.validate(defaults, parameters.read_yaml(file), file))
+        written = record.write_atomically(arguments[0], one_table(lists))
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"wrote {len(written)} lists below {arguments[0]}")
+    print(f"wrote {written}")
     return 0
 
 

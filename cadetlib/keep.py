@@ -15,8 +15,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from cadetlib import encoders, record
+from cadetlib import encoders, record, report
 
+LINKS = "The links lead to the notebooks as they are in the project; the executed ones were not kept."
 LARGEST = {".safetensors": 8 * 2**20, ".html": 3 * 2**20}  # bytes
 LARGEST_ELSE = 2**20
 
@@ -68,20 +69,20 @@ def keep_results(folder: Path, kept: Path) -> list[Path]:
     return made
 
 
-def link_to_sources(report: Path) -> None:
-    """Executed notebooks are not kept: a report that linked to those beside it links to the notebooks themselves.
+def link_to_sources(page: Path) -> None:
+    """Executed notebooks are not kept: a report that linked to those beside it links to the notebooks themselves, and says so.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     report = record.write_atomically(f"{folder}/report.html", '<a href="00_setup.ipynb">')
-    ...     link_to_sources(report)
-    ...     target = report.read_text().split('"')[1]
-    ...     Path(folder, target).resolve() == record.checkout() / "notebooks" / "00_setup.ipynb"
-    True
+    ...     page = record.write_atomically(f"{folder}/report.html", f'<a href="00_setup.ipynb"></a> {report.LINKS}')
+    ...     link_to_sources(page)
+    ...     _, target, said = page.read_text().split('"')
+    ...     Path(folder, target).resolve() == record.checkout() / "notebooks" / "00_setup.ipynb", "not kept" in said
+    (True, True)
     """
-    notebooks = os.path.relpath(record.checkout() / "notebooks", report.parent)
-    page = re.sub(r'href="(\d\d_\w+\.ipynb)"', rf'href="{notebooks}/\1"', report.read_text(encoding="utf-8"))
-    record.write_atomically(report, page)
+    notebooks = os.path.relpath(record.checkout() / "notebooks", page.parent)
+    text = re.sub(r'href="(\d\d_\w+\.ipynb)"', rf'href="{notebooks}/\1"', page.read_text(encoding="utf-8"))
+    record.write_atomically(page, text.replace(report.LINKS, LINKS))
 
 
 def too_large(files: list[Path]) -> list[str]:

@@ -163,8 +163,7 @@ def _aupr(in_counts: Array, out_counts: Array, positive: str = "out") -> Array:
 
 
 def _fpr_at_tpr(in_counts: Array, out_counts: Array, tpr: float = 0.95) -> Array:
-    if not 0 < tpr <= 1:
-        raise ValueError(f"tpr: found {tpr}, expected a share in (0, 1]")
+    tpr = 1.0 if tpr == 1 else checks.in_open_interval(tpr, "tpr")
     needed = np.ceil(tpr * in_counts.sum(-1, keepdims=True) * (1 - _ROUNDING))
     in_accepted, out_accepted = (c[..., ::-1].cumsum(-1)[..., ::-1] for c in (in_counts, out_counts))
     threshold = (in_accepted >= needed).sum(-1, keepdims=True) - 1
@@ -559,12 +558,31 @@ def beta_false_positive_interval(n_calibration: int, alpha: float, level: float 
     >>> beta_false_positive_interval(2000, 0.05).expected == 100 / 2001
     True
     """
+    return _false_positives(n_calibration, alpha, level, stats.beta)
+
+
+@functools.cache  # asked again for each split, and not quick
+def flagged_interval(n: int, n_calibration: int, alpha: float, level: float = 0.95) -> FalsePositiveRate:
+    """What share of n fresh in-distribution images is flagged by "p <= alpha": its mean, and where it lies `level` of the time.
+
+    Wider than `beta_false_positive_interval`, which is of the true rate: n images scatter around it (beta-binomial).
+
+    >>> flagged_interval(150, 250, 0.05).high > beta_false_positive_interval(250, 0.05).high
+    True
+    """
+    n = checks.at_least(n, "n", 1)
+    found = _false_positives(n_calibration, alpha, level, lambda a, b: stats.betabinom(n, a, b))
+    return found._replace(low=found.low / n, high=found.high / n)
+
+
+def _false_positives(n_calibration: int, alpha: float, level: float, distribution: Callable[..., Any]) -> FalsePositiveRate:
+    """The mean rate k / (n + 1), and quantiles of the distribution with these parameters of the Beta."""
     n = checks.at_least(n_calibration, "n_calibration", 1)
     tail = (1 - checks.in_open_interval(level, "level")) / 2
     k = min(n, math.floor(checks.in_open_interval(alpha, "alpha") * (n + 1) * (1 + _ROUNDING)))
     if k == 0:
         return FalsePositiveRate(0.0, 0.0, 0.0)
-    low, high = stats.beta.ppf([tail, 1 - tail], k, n + 1 - k)
+    low, high = distribution(k, n + 1 - k).ppf([tail, 1 - tail])
     return FalsePositiveRate(k / (n + 1), float(low), float(high))
 
 

@@ -447,10 +447,10 @@ def _percent(value: float, _: Any = None) -> str:
 
 
 def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> Figure:
-    """What a threshold on the p-value does: flagged share of each set, and the false positives promised and found.
+    """What a threshold on the p-value does: flagged share of each set, and where that of in-distribution images may lie.
 
-    curves: per set `name`, `kind` ("in" or other) and sorted `p_values`; expected: `expected`, `low`, `high` of the false
-    positive rate at this threshold.
+    curves: per set `name`, `kind` ("in" or other) and sorted `p_values`; expected: `expected`, `low`, `high` of the share of so
+    many in-distribution images that is flagged at this threshold, see `metrics.flagged_interval`.
 
     >>> curve = dict(name="PGD", kind="out", p_values=[0.01, 0.02, 0.5, 0.6])
     >>> figure = operating_point([curve], 0.05, dict(expected=0.05, low=0.02, high=0.1))
@@ -476,7 +476,7 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
         right.axvspan(expected["low"], expected["high"], color=GREY, alpha=0.25, lw=0)
         right.axvline(expected["expected"], color=GREY, lw=1)
         right.set(yticks=range(len(curves)), yticklabels=[curve["name"] for curve in curves], xlim=(0, 1.15))
-        right.set(xlabel="share flagged; grey: false positives promised", title=f"at p ≤ {threshold:.4g}")
+        right.set(xlabel="share flagged; grey: 95 % range for in-distribution", title=f"at p ≤ {threshold:.4g}")
         right.xaxis.set_major_formatter(FuncFormatter(_percent))
         right.invert_yaxis()
         return figure

@@ -43,6 +43,17 @@ def checkout() -> Path:
     return Path(os.environ.get("CADET_ROOT") or Path(__file__).resolve().parents[1]).resolve()
 
 
+def data_root() -> Path:
+    """The folder of image sets: CADET_DATA, else data/ in the checkout.
+
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, CADET_DATA="~/sets"):
+    ...     data_root() == Path.home() / "sets"
+    True
+    """
+    return Path(os.environ.get("CADET_DATA") or checkout() / "data").expanduser()
+
+
 def interpreter() -> str:
     """This Python, as one calls it in the checkout: .venv/bin/python, or the whole path of another environment's.
 

@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 
 from cadetlib import claims, paper, record, tables
 
+LINKS = "The links lead to the executed notebooks beside this page."  # words of the page; those of a kept one are `keep`'s
 NOTEBOOKS = {
     "00_setup": "Setup",
     "01_pretraining": "Pretraining (Section 3)",
@@ -138,6 +139,8 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
         "at_least": _at_least(list(loaded.values())),
         "encoder_was_kept": _encoder_was_kept(results["01"]),
         "most_anomalous": _most_anomalous(results["07"]),
+        "odd": [f for file, f in zip(results["07"]["files"], results["07"]["flagged"], strict=True) if file.startswith("odd")],
+        "links": LINKS,
         "machine": _machine,
         "without_folders": _without_folders,
     }
@@ -297,7 +300,7 @@ def _webp(png: bytes) -> bytes:
 def _missing(results: Mapping[str, Row]) -> dict[str, str]:
     """Image sets that some notebook looked for in vain -> the reason it gave."""
     found = {name: reason for result in results.values() for name, reason in result.get("missing", {}).items()}
-    return {name: _without_folders(reason) for name, reason in found.items()}
+    return {name: _without_folders(reason.removeprefix(f"{name}: ")) for name, reason in found.items()}
 
 
 def _without_folders(text: str) -> str:
@@ -305,8 +308,10 @@ def _without_folders(text: str) -> str:
 
     >>> _without_folders("found no /home/me/data/mnist (see https://example.org/a/b)")
     'found no .../mnist (see https://example.org/a/b)'
+    >>> _without_folders("found no <data root>/cifar10.1/cifar10.1_v6_data.npy")
+    'found no <data root>/cifar10.1/cifar10.1_v6_data.npy'
     """
-    return re.sub(r"(?<![\w:/.])[~/](?:[^\s/]*/)+", ".../", text)
+    return re.sub(r"(?<![\w:/.>])[~/](?:[^\s/]*/)+", ".../", text)
 
 
 def _outdated(loaded: Mapping[str, record.Loaded]) -> list[tuple[str, str]]:
@@ -338,12 +343,13 @@ def _most_anomalous(own: Row, n: int = 10) -> list[dict[str, Any]]:
 
 
 def _maths(text: Any) -> Markup:
-    """Text as HTML, escaped, in which m_in and m_out have subscripts.
+    """Text as HTML, escaped, in which m_in and m_out have subscripts, and long names of sets may break at their colon.
 
-    >>> _maths("m_in < 1")
-    Markup('m<sub>in</sub> &lt; 1')
+    >>> _maths("m_in < 1 of digits:jpeg-1")
+    Markup('m<sub>in</sub> &lt; 1 of digits:<wbr>jpeg-1')
     """
-    return Markup(re.sub(r"\bm_(in|out)\b", r"m<sub>\1</sub>", str(escape(text))))
+    page = re.sub(r"\bm_(in|out)\b", r"m<sub>\1</sub>", str(escape(text)))
+    return Markup(re.sub(r"(?<=\w):(?=[a-z])", ":<wbr>", page))
 
 
 def _template() -> jinja2.Template:

@@ -251,7 +251,7 @@ def data_listing() -> dict[str, int | None] | None:
     >>> isinstance(data_listing(), dict | None)
     True
     """
-    root = Path(os.environ.get("CADET_DATA") or record.checkout() / "data").expanduser()
+    root = record.data_root()
     if not root.is_dir():
         return None
     return {p.name: p.stat().st_size if p.is_file() else None for p in sorted(root.iterdir()) if not p.name.startswith(".")}

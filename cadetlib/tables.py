@@ -508,7 +508,8 @@ def detection_layout(rows: Sequence[Row], number: int, judged: bool = True) -> L
 def _note(row: Row) -> str:
     """The verdict beside the paper's number, where there is one, and on which side of CADet it is, where that is sure."""
     value = paper_value(row["detector"], row["encoder"], row["anomaly"])[0]
-    notes = [verdict(row, value)] if value is not None else []
+    against = verdict(row, value)
+    notes = [] if value is None else [against if against == "agrees" else f"{against} the paper"]
     if row.get("over_cadet_low", 0) > 0:
         notes.append("beats CADet")
     if row.get("over_cadet_high", 0) < 0:

@@ -162,7 +162,7 @@ def test_checksums_are_those_torchvision_knows():
 # --- published lists -----------------------------------------------------------------------------------------------------
 
 
-def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch, tmp_path):
+def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch):
     monkeypatch.setitem(imagenet.SETS, "many", imagenet.Folder("many", 40, 4, "put", "none published"))
     monkeypatch.setitem(data.SOURCES, "many", data._Source(data._files(imagenet.SETS["many"]), "put"))
     for i in range(40):
@@ -170,13 +170,13 @@ def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (i, i, i)).save(path)
     given = dict(in_distribution="many", classes=[], n_held_out=30, seed=5, n_splits=2, n_reference=4, n_calibration=9)
-    files = imagenet.write_lists(tmp_path / "lists", given)
-    assert len(files) == 6
+    lines = [line.split(",") for line in imagenet.one_table(imagenet.published_lists(given)).splitlines()]
+    assert lines[0] == ["file", "split-0", "split-1"] and len(lines) == 31
     held_out = experiments.some_of(data.load("many"), 30, 5).resized(8).images[:, 0, 0, 0]  # as the notebook does
     for i, division in enumerate(experiments.splits(30, 2, 4, 9, seed=5)):
         for part, index in (("x_val_1", division.reference), ("x_val_2", division.calibration), ("test", division.test)):
-            names = (tmp_path / "lists" / f"split-{i}" / f"{part}.txt").read_text().split()
-            assert [int(name.split("/")[1].removesuffix(".png")) for name in names] == held_out[index].tolist()
+            names = [name for name, *parts in lines[1:] if parts[i] == part]
+            assert sorted(int(name.removesuffix(".png")) for name in names) == sorted(held_out[index].tolist())
     with pytest.raises(ValueError, match="in_distribution: found digits, expected a set of image files"):
         imagenet.published_lists(given | dict(in_distribution="digits"))
 
@@ -184,7 +184,7 @@ def test_published_lists_are_the_images_that_notebook_04_draws(root, monkeypatch
 VAL = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]  # of ImageNet's validation set, whoever unpacked it
 
 
-def test_the_lists_of_the_profile_are_published_and_hold_wherever_the_set_is_unpacked(monkeypatch):
+def test_the_lists_of_the_profile_are_published_and_hold_wherever_the_set_is_unpacked(monkeypatch, tmp_path):
     (notebook,) = (n for n in reproduce.notebooks_of("imagenet") if n.number == "04")
     published = (notebook.parameter_file.parent / "lists.csv").read_text()
     assert published == imagenet.one_table(imagenet.drawn(VAL, notebook.parameters))
@@ -199,6 +199,8 @@ def test_the_lists_of_the_profile_are_published_and_hold_wherever_the_set_is_unp
     assert [os.path.basename(os.fsdecode(file)) for file in found.files] == VAL
     assert all(int(os.fsdecode(found.files[i])[1:9]) == int(found.labels[i]) for i in range(0, 50_000, 997))
     (first, *_) = imagenet.published_lists(notebook.parameters)
+    assert imagenet.main([str(tmp_path / "lists.csv")]) == 0 and (tmp_path / "lists.csv").read_text() == published
+    assert imagenet.main(["--help"]) == 2
     lines = [line.split(",") for line in published.splitlines()[1:]]
     for part in imagenet.PARTS:
         names = {os.path.basename(name) for name in first[part]}
