@@ -440,21 +440,6 @@ def images_below(folder: str | Path) -> Iterator[str]:
     return (path for path in files_below(folder) if is_image(path))
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """All image files below a folder, in the order of `images_below`; FileNotFoundError when there is none.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     Path(folder, "cat.jpg").touch()
-    ...     image_files(folder) == [Path(folder, "cat.jpg")]
-    True
-    """
-    files = [Path(folder, path) for path in images_below(folder)]
-    if not files:
-        raise FileNotFoundError(f"found no image files below {folder}, expected files ending in {KINDS}")
-    return files
-
-
 @contextmanager
 def opened_image(path: Path) -> Iterator[PIL.Image.Image]:
     """An image file, opened and not yet decoded; ValueError when it turns out to be damaged or no image.

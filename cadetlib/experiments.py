@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cadetlib import attacks, cadet, checks, cifar_resnet, data, embed, encoders, metrics, mmd, probe, two_sample
+from cadetlib import attacks, cadet, checks, cifar_resnet, data, embed, encoders, metrics, mmd, probe, thresholds, two_sample
 from cadetlib.views import EvalViews, resize_to
 
 ATTACK_NAMES = {"fgsm": "FGSM", "pgd": "PGD", "cw_l2": "CW-L2", "cw_l2_ball": "CW-L2-ball", "cw_linf": "CW-Linf"}
@@ -779,7 +779,7 @@ class Asker:
     @property
     def anomalies(self) -> list[str]:
         """Names of the sets that are not in-distribution."""
-        return [name for name in self.sums if name != "in-distribution"]
+        return [name for name in self.sums if name != IN_DISTRIBUTION]
 
     def __call__(
         self,
@@ -829,14 +829,14 @@ class Asker:
 
     def detector(self, n_views: int, split: int = 0) -> cadet.CADet:
         """CADet as fitted on one split."""
-        division, held_out = self.divisions[split], self.sums["in-distribution"]
+        division, held_out = self.divisions[split], self.sums[IN_DISTRIBUTION]
         fitted = cadet.CADet(nn.Identity(), n_views=n_views)
         return fitted.fit_sums(held_out[division.reference], held_out[division.calibration])
 
     def tested(self, name: str, split: int = 0) -> embed.ViewSums:
         """The sums of a set's images that a split tests: those made from its test images, or all."""
         sums = self.sums[name]
-        return sums[self.divisions[split].test] if name == "in-distribution" or self.paired[name] else sums
+        return sums[self.divisions[split].test] if name == IN_DISTRIBUTION or self.paired[name] else sums
 
     def moments(self, n_views: int) -> dict[str, Row]:
         """Table 5: each value and the ends of its interval, which is for the draw of a set's images, are means over the splits.
@@ -871,11 +871,11 @@ class Asker:
 
     def fresh_p_values(self, n_views: int) -> list[list[float]]:
         """p-values of the in-distribution test images, for each split."""
-        return [self.p_values("in-distribution", n_views, split).tolist() for split in range(len(self.divisions))]
+        return [self.p_values(IN_DISTRIBUTION, n_views, split).tolist() for split in range(len(self.divisions))]
 
     def p_value_curves(self, n_views: int) -> list[Row]:
         """Sorted p-values of every set, on the first split."""
-        kinds = {name: "in" if name == "in-distribution" else "out" for name in self.sums}
+        kinds = {name: "in" if name == IN_DISTRIBUTION else "out" for name in self.sums}
         return [dict(name=n, kind=kind, p_values=self.p_values(n, n_views).sort().values.tolist()) for n, kind in kinds.items()]
 
 
@@ -888,20 +888,14 @@ def batch_decisions(curves: Sequence[Row], alpha: float, q: float) -> list[Row]:
     >>> row["anomaly"], row["n"], row["alpha_flagged"], row["bh_flagged"], row["bh_false_discoveries"]
     ('PGD', 6, 2, 2, 0.0)
     """
-    normal = next(np.asarray(curve["p_values"]) for curve in curves if curve["kind"] == "in")
+    normal = next(curve["p_values"] for curve in curves if curve["kind"] == "in")
     rows = []
-    for curve in curves:
-        if curve["kind"] == "in":
-            continue
-        odd = np.asarray(curve["p_values"])
-        n = min(len(normal), len(odd))
-        picked = [np.linspace(0, len(p) - 1, n).round().astype(int) for p in (normal, odd)]
-        p_values = np.concatenate([normal[picked[0]], odd[picked[1]]])
-        row: Row = dict(anomaly=curve["name"], n=2 * n)
-        for rule, flagged in (("alpha", p_values <= alpha), ("bh", metrics.benjamini_hochberg(p_values, q))):
-            row[f"{rule}_flagged"] = int(flagged.sum())
-            row[f"{rule}_false_discoveries"] = float(flagged[:n].sum() / max(1, flagged.sum()))
-            row[f"{rule}_found"] = float(flagged[n:].mean())
+    for curve in (curve for curve in curves if curve["kind"] != "in"):
+        batch = thresholds.batch_parts(normal, curve["p_values"])
+        row: Row = dict(anomaly=curve["name"], n=sum(map(len, batch)))
+        for rule, found in zip(("alpha", "bh"), thresholds.batch_decision(*batch, alpha, q), strict=True):
+            row[f"{rule}_flagged"], row[f"{rule}_found"] = found["flagged"], found["found"]
+            row[f"{rule}_false_discoveries"] = found["false_discovery_rate"]
         rows.append(row)
     return rows
 

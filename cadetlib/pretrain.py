@@ -3,10 +3,10 @@
     python -m cadetlib.pretrain --params params/digits/01_pretraining.yaml
     torchrun --nproc-per-node 8 -m cadetlib.pretrain --params FILE.yaml
 
-Read it downwards: settings, schedule, synchronised batch norm, checkpoints, the loop, the launch. All randomness is a function
-of (seed, epoch, image, view), so that a run is the same on any number of processes and goes on after any interruption as if
-there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM, SIGUSR1 or SIGUSR2 asked, 1 anything else
-(torchrun has its own: 1 also when it was asked to stop and its processes have saved).
+Read it downwards: settings, schedule, synchronised batch norm, checkpoints, the loop, the run and its log, the launch. All
+randomness is a function of (seed, epoch, image, view), so that a run is the same on any number of processes and goes on after
+any interruption as if there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM, SIGUSR1 or SIGUSR2 asked,
+1 anything else (torchrun has its own: 1 also when it was asked to stop and its processes have saved).
 """
 
 from __future__ import annotations
@@ -506,27 +506,61 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
 
 
 def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
-    world = distributed.get_world_size() if losses.is_distributed() else 1
     settings = replace(settings, dtype=embed.resolved_dtype(settings.dtype, device))
     embed.warn_of_emulation(settings.dtype, device)
-    _check_division(settings.batch_size, world)
-    folder = Path(settings.output)
-
+    _check_division(settings.batch_size, _n_processes())
     images = _training_images(settings)
     held_out = _held_out(settings, images)
     n_classes = 1 if images.labels is None else int(images.labels.max()) + 1
     if isinstance(images, data.FolderSet):
-        images = stream.readable(images, folder, settings.allow_unreadable, settings.workers, _say)
+        images = stream.readable(images, Path(settings.output), settings.allow_unreadable, settings.workers, _say)
         images = _at_least_a_batch(images, settings, "readable images")
-    model = make_model(settings, n_classes).to(device)
-    if in_channels_last(settings, device):
-        model = model.to(memory_format=torch.channels_last)
-    parallel: nn.Module = model
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(synchronised(model, device))
-    optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
-    views = TrainViews(
+    run = _Run(settings, images, n_classes, device)
+    run.resume()
+    report = _Report(run)
+    end = min(run.last_step, settings.max_steps or run.last_step)
+    batches = ahead.made_ahead(_batches(images, _train_views(settings), settings, device, run.step, end), device)
+
+    def evaluates() -> bool:
+        if held_out is None or not run.at_end_of_epoch:
+            return False
+        return run.epochs_done % settings.knn_every == 0 or run.step == run.last_step
+
+    def evaluate() -> None:
+        assert held_out is not None
+        report.evaluation(_knn(run.model.encoder, images, held_out, settings))
+
+    if run.step and evaluates() and _anywhere(not report.log.has(run.step, "knn_accuracy"), device):
+        evaluate()  # the run ended after this step's checkpoint and before its evaluation
+    run.model.train()
+    while run.step < end:
+        report.add(*run.learn(*next(batches)))
+        if run.step % settings.log_every == 0 or run.step == end:
+            report.line()
+        if run.at_end_of_epoch and run.epochs_done in settings.snapshots:
+            run.keep_snapshot()
+        asked = stop.agreed(device)
+        if asked or run.step == end or (run.at_end_of_epoch and run.epochs_done % settings.checkpoint_every == 0):
+            run.save()
+        if not asked and evaluates():  # after the checkpoint, which a kill in a long evaluation would else cost
+            evaluate()
+            asked = stop.agreed(device)
+            if asked:
+                run.save()
+        if asked:
+            _say(f"asked to stop: saved at step {run.step}; start again with the same settings to go on")
+            return PREEMPTED
+    if run.step == run.last_step:
+        run.keep_encoder()
+    return 0
+
+
+def _n_processes() -> int:
+    return distributed.get_world_size() if losses.is_distributed() else 1
+
+
+def _train_views(settings: Settings) -> TrainViews:
+    return TrainViews(
         settings.image_size,
         (settings.crop_scale[0], settings.crop_scale[1]),
         settings.flip,
@@ -537,106 +571,141 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
         settings.seed,
     )
 
-    step = 0
-    checkpoint = _load_checkpoint(folder, device)
-    made_by = made_by_also_here((checkpoint or {}).get("made_by", []))
-    if checkpoint is not None:
-        _refuse_other_settings(checkpoint["settings"], settings)
-        _refuse_other_images(checkpoint.get("images", _identity(images)), images)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        step = checkpoint["step"]
-        _say(f"resumed at step {step}")
 
-    def save() -> None:
+class _Run:
+    """A training as it stands after `step` steps: what a checkpoint holds, and what a run leaves."""
+
+    def __init__(self, settings: Settings, images: data.ImageSet, n_classes: int, device: torch.device) -> None:
+        self.settings, self.images, self.device = settings, images, device
+        self.folder = Path(settings.output)
+        model = make_model(settings, n_classes).to(device)
+        self.model = model.to(memory_format=torch.channels_last) if in_channels_last(settings, device) else model
+        self.parallel: nn.Module = self.model
+        if _n_processes() > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(synchronised(self.model, device))
+        self.optimizer = make_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
+        self.step, self.made_by = 0, made_by_also_here([])
+        self.steps_per_epoch = len(images) // settings.batch_size
+        self.last_step = settings.epochs * self.steps_per_epoch
+
+    @property
+    def epochs_done(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        return self.step % self.steps_per_epoch == 0
+
+    @property
+    def sums(self) -> bool:
+        """Whether the loss is a sum over anchors, of which every process has its own."""
+        return self.settings.objective == "contrastive" and self.settings.reduction == "sum"
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one; ValueError when it is of other settings or images."""
+        found = _load_checkpoint(self.folder, self.device)
+        if found is None:
+            return
+        _refuse_other_settings(found["settings"], self.settings)
+        _refuse_other_images(found.get("images", _identity(self.images)), self.images)
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.scaler.load_state_dict(found["scaler"])
+        self.step, self.made_by = found["step"], made_by_also_here(found.get("made_by", []))
+        _say(f"resumed at step {self.step}")
+
+    def learn(self, batch: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One step -> the loss before it and the embeddings it came from."""
+        rate = learning_rate(self.step, self.steps_per_epoch, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, z = training_loss(self.parallel, batch, y, self.settings)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Processes average gradients; a loss that is a sum over processes wants their sum.
+        self.scaler.scale(loss * _n_processes() if self.sums else loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return loss.detach(), z.detach()
+
+    def save(self) -> None:
+        """Write a checkpoint; ValueError where it would hold what is not finite."""
         # Batch norm's statistics too: float16's scaler keeps the weights from an overflow, but not them.
-        if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+        if not all(bool(torch.isfinite(value).all()) for value in self.model.state_dict().values()):
             raise ValueError(
-                f"step {step}: found NaN or infinite weights, expected finite ones; lower learning_rate or use float32"
+                f"step {self.step}: found NaN or infinite weights, expected finite ones; lower learning_rate or use float32"
             )
         if _is_first():
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step)
-            state |= dict(settings=asdict(settings), images=_identity(images), made_by=made_by)
-            _save_checkpoint(folder, step, state)
+            state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+            state |= dict(step=self.step, settings=asdict(self.settings), images=_identity(self.images), made_by=self.made_by)
+            _save_checkpoint(self.folder, self.step, state)
 
-    steps_per_epoch = len(images) // settings.batch_size
-    last_step = settings.epochs * steps_per_epoch
-    end = min(last_step, settings.max_steps or last_step)
-    log = _Log(folder / "log.jsonl", step)
-    batches = ahead.made_ahead(_batches(images, views, settings, device, step, end), device)
+    def keep_snapshot(self) -> None:
+        """Keep the encoder as it is after this epoch."""
+        if _is_first():
+            encoders.save_encoder(self.model.encoder, _snapshot_file(self.folder, self.epochs_done), half=True, steps=self.step)
 
-    def evaluates(step: int) -> bool:
-        done, rest = divmod(step, steps_per_epoch)
-        return held_out is not None and rest == 0 and (done % settings.knn_every == 0 or step == last_step)
-
-    def evaluate() -> None:
-        assert held_out is not None
-        accuracy = _knn(model.encoder, images, held_out, settings)
-        log.write(step=step, epoch=float(step // steps_per_epoch), knn_accuracy=accuracy)
-
-    if step and evaluates(step) and _anywhere(not log.has(step, "knn_accuracy"), device):
-        evaluate()  # the run ended after this step's checkpoint and before its evaluation
-    began, began_step, recent = time.perf_counter(), step, []
-    model.train()
-    while step < end:
-        epoch = step // steps_per_epoch
-        rate = learning_rate(step, steps_per_epoch, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, z = training_loss(parallel, *next(batches), settings)
-        optimizer.zero_grad(set_to_none=True)
-        # Processes average gradients; a loss that is a sum over processes wants their sum.
-        of_sum = settings.objective == "contrastive" and settings.reduction == "sum"
-        scaler.scale(loss * world if of_sum else loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        recent.append(loss.detach())
-        step += 1
-
-        if step % settings.log_every == 0 or step == end:
-            value = _over_processes(torch.stack(recent).mean(), of_sum)
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"step {step}: found loss {value}, expected a finite one; lower learning_rate, or lengthen warmup_epochs"
-                )
-            alike = likeness(losses.gather(z.detach().chunk(2)[0])) if settings.objective == "contrastive" else 0.0
-            if alike > COLLAPSED and epoch > min(settings.warmup_epochs, _SETTLED):
-                raise ValueError(
-                    f"step {step}: found embeddings of different images {alike:.4f} alike, expected less than {COLLAPSED}: "
-                    "the representation has collapsed; lower learning_rate or tau"
-                )
-            speed = (step - began_step) * settings.batch_size / (time.perf_counter() - began)
-            log.write(
-                step=step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=value / (settings.batch_size * (1 + settings.symmetric)) if of_sum else value,  # per anchor
-                learning_rate=rate,
-                images_per_second=round(speed, 1),
+    def keep_encoder(self) -> None:
+        """Keep the encoder of the whole run, unless it is there already."""
+        if _is_first() and not _holds(self.folder / ENCODER, self.step):
+            head = self.model.head if isinstance(self.model.head, nn.Linear) else None
+            # A folder is nobody else's business.
+            told = json.dumps({key: value for key, value in asdict(self.settings).items() if key != "output"})
+            by = json.dumps(self.made_by)
+            encoders.save_encoder(
+                self.model.encoder, self.folder / ENCODER, head=head, steps=self.step, settings=told, made_by=by
             )
-            began, began_step, recent = time.perf_counter(), step, []
-        finished_epoch = step % steps_per_epoch == 0
-        done = step // steps_per_epoch
-        if finished_epoch and done in settings.snapshots and _is_first():
-            encoders.save_encoder(model.encoder, _snapshot_file(folder, done), half=True, steps=step)
-        asked = stop.agreed(device)
-        if asked or step == end or (finished_epoch and done % settings.checkpoint_every == 0):
-            save()
-        if not asked and evaluates(step):  # after the checkpoint, which a kill in a long evaluation would else cost
-            evaluate()
-            began, began_step = time.perf_counter(), step
-            asked = stop.agreed(device)
-            if asked:
-                save()
-        if asked:
-            _say(f"asked to stop: saved at step {step}; start again with the same settings to go on")
-            return PREEMPTED
-    if _is_first() and step == last_step and not _holds(folder / ENCODER, step):
-        head = model.head if isinstance(model.head, nn.Linear) else None
-        told = json.dumps({k: v for k, v in asdict(settings).items() if k != "output"})  # a folder is nobody else's business
-        by = json.dumps(made_by)
-        encoders.save_encoder(model.encoder, folder / ENCODER, head=head, steps=step, settings=told, made_by=by)
-    return 0
+
+
+class _Report:
+    """What a run says of itself while it learns: lines of its log, and an error instead of a line that should end it."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run, self.log = run, _Log(run.folder / "log.jsonl", run.step)
+        self.losses: list[Tensor] = []  # since the last line
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.began, self.began_step = time.perf_counter(), self.run.step
+
+    def add(self, loss: Tensor, z: Tensor) -> None:
+        """After a step: its loss, and the embeddings it came from."""
+        self.losses.append(loss)
+        self.z = z
+
+    def line(self) -> None:
+        """Mean loss, learning rate and speed since the last line; ValueError for a loss that is not finite, or a collapse."""
+        run, settings, n_steps = self.run, self.run.settings, self.run.step - self.began_step
+        value = _over_processes(torch.stack(self.losses).mean(), run.sums)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"step {run.step}: found loss {value}, expected a finite one; lower learning_rate, or lengthen warmup_epochs"
+            )
+        self._refuse_collapse()
+        self.log.write(
+            step=run.step,
+            epoch=round(run.step / run.steps_per_epoch, 4),
+            loss=value / (settings.batch_size * (1 + settings.symmetric)) if run.sums else value,  # per anchor
+            learning_rate=learning_rate(run.step - 1, run.steps_per_epoch, settings),
+            images_per_second=round(n_steps * settings.batch_size / (time.perf_counter() - self.began), 1),
+        )
+        self.losses = []
+        self._restart_clock()
+
+    def _refuse_collapse(self) -> None:
+        run, settings = self.run, self.run.settings
+        alike = likeness(losses.gather(self.z.chunk(2)[0])) if settings.objective == "contrastive" else 0.0
+        if alike > COLLAPSED and (run.step - 1) // run.steps_per_epoch > min(settings.warmup_epochs, _SETTLED):
+            raise ValueError(
+                f"step {run.step}: found embeddings of different images {alike:.4f} alike, expected less than {COLLAPSED}: "
+                "the representation has collapsed; lower learning_rate or tau"
+            )
+
+    def evaluation(self, accuracy: float) -> None:
+        """The accuracy at the end of an epoch; the time that it took is none of training's."""
+        self.log.write(step=self.run.step, epoch=float(self.run.epochs_done), knn_accuracy=accuracy)
+        self._restart_clock()
 
 
 def made_by_also_here(earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from cadetlib import attack_study, paper
+from cadetlib.experiments import IN_DISTRIBUTION
 
 Row = Mapping[str, Any]
 PAPER_ATTACKS = {"FGSM": "FGSM", "PGD": "PGD", "CW-L2": "CW", "CW-L2-ball": "CW", "CW-Linf": "CW"}
@@ -67,10 +68,10 @@ def table_2(rows: Sequence[Row]) -> pd.DataFrame:
 
     >>> row = dict(test="MMD", encoder="contrastive", anomaly="PGD", n=3, n_perm=500, auroc=0.4, low=0.3, high=0.5)
     >>> frame = table_2([row])
-    >>> frame.loc[("MMD", "contrastive", "PGD, 500 splits"), "n = 3"], frame.loc[("MMD", "contrastive", "paper: PGD"), "n = 3"]
-    ('40.0 [30.0, 50.0]', '35.2')
+    >>> [frame.loc[("MMD", "contrastive", what), "n = 3"] for what in ("PGD, 500 permutations", "paper: PGD")]
+    ['40.0 [30.0, 50.0]', '35.2']
     """
-    ours = [((r["test"], r["encoder"], _splits(r)), f"n = {r['n']}", percent(r)) for r in rows]
+    ours = [((r["test"], r["encoder"], _permuted(r)), f"n = {r['n']}", percent(r)) for r in rows]
     theirs = [
         ((r["test"], r["encoder"], f"paper: {r['distribution']}"), f"n = {r['size']}", f"{r['value']:.1f}")
         for r in paper.TABLE_2.records()
@@ -86,14 +87,14 @@ def table_2_details(rows: Sequence[Row]) -> pd.DataFrame:
     'AUPR 0.450, FPR95 0.900'
     """
     cells = [
-        ((r["test"], r["encoder"], _splits(r)), f"n = {r['n']}", f"AUPR {r['aupr']:.3f}, FPR95 {r['fpr95']:.3f}") for r in rows
+        ((r["test"], r["encoder"], _permuted(r)), f"n = {r['n']}", f"AUPR {r['aupr']:.3f}, FPR95 {r['fpr95']:.3f}") for r in rows
     ]
     return _wide(cells, ("test", "encoder", "anomaly"))
 
 
-def _splits(row: Row) -> str:
-    """An anomaly, with the number of splits behind the p-values where it is not the paper's."""
-    return row["anomaly"] if row["n_perm"] == PAPER_N_PERM else f"{row['anomaly']}, {row['n_perm']} splits"
+def _permuted(row: Row) -> str:
+    """An anomaly, with the number of permutations behind the p-values where it is not the paper's."""
+    return row["anomaly"] if row["n_perm"] == PAPER_N_PERM else f"{row['anomaly']}, {row['n_perm']} permutations"
 
 
 def paper_value(detector: str, encoder: str, anomaly: str) -> tuple[float | None, str]:
@@ -555,8 +556,8 @@ def table_5_layout(columns: Mapping[str, Row]) -> Layout:
             cells[f"{r['distribution']} (paper)", key.replace("_", " ", 1)] = _cell(_moment({key: r["value"]}, key))
     order: list[str] = []
     for names in (("ImageNet",), UNSEEN, ("PGD",), ("CW",), ("FGSM",)):
-        near = [name for name in columns if ("ImageNet",) == names and name == "in-distribution"]
-        near += [name for name in columns if name != "in-distribution" and set(counterparts(name)) <= set(names)]
+        near = [name for name in columns if ("ImageNet",) == names and name == IN_DISTRIBUTION]
+        near += [name for name in columns if name != IN_DISTRIBUTION and set(counterparts(name)) <= set(names)]
         order += [f"{name} (here)" for name in near] + [f"{name} (paper)" for name in names]
     weight = next((_moment(row, "gamma") for row in columns.values() if "gamma" in row), "")
     caption = "Mean and variance of the similarities" + (f"; γ = {weight}, its range over splits" if weight else "")

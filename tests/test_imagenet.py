@@ -39,7 +39,7 @@ def test_files_are_listed_as_image_folder_does_and_read_only_when_asked(root, mo
     found = data.load("small")
     assert [os.fsdecode(file) for file in found.files] == ["n01/c.jpg", "n01/x/d.png", "n02/a.JPEG", "n02/b.JPEG", "n10/e.webp"]
     assert found.labels.tolist() == [0, 0, 1, 1, 2] and len(found) == 5 and found.name == "small"
-    assert [found.path(i) for i in range(5)] == data.image_files(root / "small")
+    assert [found.path(i) for i in range(5)] == [root / "small" / path for path in data.images_below(root / "small")]
     chosen = experiments.some_of(found.of_classes([0, 1]), 3, seed=1)
     assert not opened
     resized = chosen.resized(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import os
 import re
 from decimal import ROUND_HALF_UP, Decimal
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
-from cadetlib import paper
+from cadetlib import attacks, paper, pretrain, reproduce
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,38 @@ def test_averages_are_means_of_their_rows(number):
     frame = paper.table(number)
     for row, numbers in zip(frame.index, frame.to_numpy().tolist(), strict=True):
         assert printed_mean(numbers[:-1]) == Decimal(str(numbers[-1])), row
+
+
+PARAMETERS = {  # the paper's setting -> the notebooks that have it, and its name there; the head has three layers by its code
+    "01": "optimizer learning_rate momentum weight_decay warmup_epochs n_epochs=epochs tau batch_size n_devices=processes "
+    "precision=dtype blur_probability=blur flip_probability=flip jitter_probability=jitter greyscale_probability=greyscale "
+    "train_crop_scale=crop_scale head_hidden head_output=head_dim",
+    "02": "table_1_samplings=n_samplings table_1_n_perm=n_perm alpha",
+    "03": "table_2_samplings=n_draws pgd_eps pgd_step pgd_n_steps fgsm_eps",
+    "04": "crop_scale n_calibration n_reference n_views pgd_eps pgd_step pgd_n_steps fgsm_eps cw_delta=cw_l2_c "
+    "cw_delta=cw_l2_ball_eps cw_delta=cw_linf_eps "
+    "cw_n_steps=cw_l2_n_steps cw_n_steps=cw_l2_ball_n_steps cw_n_steps=cw_linf_n_steps",
+    "05": "n_views=crop_n_views",
+}
+
+
+@pytest.mark.parametrize("profile", ["imagenet", "imagenet-pretrained"])
+def test_the_profile_has_the_papers_settings(profile):
+    as_we_say = {"LARS": "lars", "fp32": "float32", (0.08, 1): [0.08, 1.0]}
+    given, asked = {n.number: n.parameters for n in reproduce.notebooks_of(profile)}, set()
+    for number, names in PARAMETERS.items():
+        for name, _, ours in (entry.partition("=") for entry in names.split()):
+            value = paper.SETTINGS[name].value
+            assert given[number][ours or name] == as_we_say.get(value, value), f"{number}: {name}"
+            asked.add(name)
+    # The rest is said otherwise: the encoder's features by its width, the head's layers by the code, CW's step by its default.
+    assert set(paper.SETTINGS) - asked == {"n_features", "head_layers", "cw_learning_rate"}
+    settings = pretrain.settings_from(given["01"])
+    model = pretrain.make_model(settings, 1)
+    assert model.encoder.dim == paper.SETTINGS["n_features"].value
+    assert sum(isinstance(layer, nn.Linear) for layer in model.head.modules()) == paper.SETTINGS["head_layers"].value
+    for attack in (attacks.cw_l2, attacks.cw_l2_ball, attacks.cw_linf):
+        assert inspect.signature(attack).parameters["lr"].default == paper.SETTINGS["cw_learning_rate"].value
 
 
 def test_ceiling_of_table_2_is_that_of_p_values_of_100_permutations():

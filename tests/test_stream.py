@@ -219,7 +219,7 @@ def damage(squares, monkeypatch, tmp_path):
         path = tmp_path / "damaged" / os.fsdecode(squares.files[i])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(squares.path(i).read_bytes())
-    files = data.image_files(tmp_path / "damaged")
+    files = [tmp_path / "damaged" / path for path in data.images_below(tmp_path / "damaged")]
     files[3].write_bytes(files[3].read_bytes()[:-60])
     files[20].write_text("no image")
     monkeypatch.setattr(data, "load", lambda name, **_: replace(squares, folder=tmp_path / "damaged"))
