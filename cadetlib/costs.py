@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cadetlib import checks, data, encoders, experiments, hu, imagenet, pretrain, reproduce
+from cadetlib import checks, data, encoders, experiments, hu, imagenet, pretrain, recipes, reproduce
 
 COUNTS = {"cifar10-train": 50_000, "cifar10-test": 10_000, "cifar10.1-v6": 2000, "cifar10.1-v4": 2021, "mnist-test": 10_000}
 KINDS = ("trained", "forward", "attacked")  # what a rate is about
@@ -92,6 +92,7 @@ def of_profile(profile: str) -> list[Cost]:
     return [
         Cost("01 contrastive") if p1["pretrained"] else _training(p1, "contrastive", n_train),
         Cost("01 supervised") if p1["supervised_pretrained"] else _training(p1, "supervised", n_train),
+        *_other_recipes(p1, n_train),
         Cost("02, Table 1: MMD, MMD-CC", forward=_N_ENCODERS * pools),
         Cost(
             "03, Table 2",
@@ -143,6 +144,14 @@ def _training(given: Mapping[str, Any], objective: str, n_train: int) -> Cost:
     with torch.device("meta"):
         n_weights = encoders.n_parameters(pretrain.Model(settings, n_classes=1000))
     return Cost(f"01 {objective}", trained=views * settings.epochs * n_train, disk=_FLOAT * n_weights * (2 * 2 + 1))
+
+
+def _other_recipes(given: Mapping[str, Any], n_train: int) -> list[Cost]:
+    """What a profile trains besides, for notebook 05."""
+    if not given["train_other_recipes"] or not given["other_recipes"]:
+        return []
+    each = [_training(recipes.changed(given, recipe), "contrastive", n_train) for recipe in given["other_recipes"]]
+    return [Cost("01 other recipes", trained=sum(cost.trained for cost in each), disk=sum(cost.disk for cost in each))]
 
 
 def _features(trained: Mapping[str, Any]) -> int:

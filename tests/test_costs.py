@@ -71,6 +71,14 @@ def test_pretraining_costs_what_the_kept_run_trained():
     assert trained <= costs_of("cifar10-cpu")["01 contrastive"].trained < 1.01 * trained
 
 
+def test_other_recipes_are_counted_where_they_are_trained():
+    """Three of the digits', of 20 epochs each; those of cifar10-cpu are taken only if they are there."""
+    found = costs_of("digits")
+    epochs = reproduce.notebooks_of("digits")[1].parameters["epochs"]
+    assert found["01 other recipes"].trained == 3 * 20 * found["01 contrastive"].trained // epochs
+    assert "01 other recipes" not in costs_of("cifar10-cpu")
+
+
 def test_the_command_line_tells_hours_only_with_rates(tmp_path, capsys):
     assert costs.main(["imagenet"]) == 0 and "hours" not in capsys.readouterr().out
     file = tmp_path / "throughput.json"

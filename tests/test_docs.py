@@ -187,6 +187,14 @@ def test_the_readmes_table_is_what_was_kept():
         assert told.pop(label) == [cell(row) if row else "" for row in expected], label
     assert not told
 
+    def mean(profile, name):
+        return f"{100 * found[profile, name]['auroc']:.0f}"
+
+    near = [mean("cifar10-cpu", OF_THE_TABLE[label]) for label in ("MNIST", "SVHN", "CIFAR-100", "flowers")]
+    short = "(AUROC {} and {}), CIFAR-100 and flowers less well ({} and {}).".format(*near)
+    attacked = f"({mean('cifar10', 'FGSM')}; paper 98). PGD made for another network it hardly sees in a single image"
+    assert all(words in " ".join(page.split()) for words in (short, f"{attacked} ({mean('cifar10', 'PGD')}; paper 95)"))
+
     cpu = of_profile("cifar10-cpu", "04_cadet_tables")["rows"]
     (svhn,) = [r for r in cpu if (r["detector"], r["encoder"], r["anomaly"]) == ("CADet", "supervised", "svhn-first1083")]
     assert f"supervised encoder wide: SVHN {cell(svhn)} in" in page
