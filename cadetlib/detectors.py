@@ -1,4 +1,4 @@
-"""The detectors that CADet is compared with (Tables 3 and 4) and a dozen more, behind one interface and one registry.
+"""The detectors that CADet is compared with (Tables 3 and 4) and seventeen more, behind one interface and one registry.
 
 `DETECTORS[name]().fit(classifier, images, labels).score_samples(images)` gives scores, larger = more in-distribution. A
 post-hoc detector reads nothing of an image but the classifier's penultimate features, so it also takes these from a cache:
