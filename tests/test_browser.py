@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = "06_thresholds.ipynb"
 TOKEN = "a-token-for-this-test"
 SETTINGS = dict(image_size=16, view_size=16, n_views=4, view_grid=[2, 4], crop_scale=0.75, flip=False, seed=0, dtype="float32")
-SETTINGS |= dict(n_reference=20, n_calibration=99, n_splits=2)
+SETTINGS |= dict(n_reference=20, n_calibration=99, n_splits=2, allow_unreadable=0)
 N_IN, N_OUT, SIDE = 200, 80, SETTINGS["image_size"]
 pytestmark = [
     pytest.mark.slow,
