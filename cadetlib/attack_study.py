@@ -19,7 +19,6 @@ from cadetlib import attacks, checks, encoders, experiments, record, rng
 from cadetlib.experiments import IN_DISTRIBUTION, Row, Split
 from cadetlib.views import EvalViews
 
-_SIGNS = -4  # stream of an image's random numbers; -1 to -3 are those of attacks and of Hu et al.'s noise
 CONTROL = "random signs"
 _KEPT = ("FGSM", "PGD")  # the attacks that benchmarks/ measure
 
@@ -114,7 +113,7 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     tensor([0.2500, 0.7500])
     """
     x, eps = checks.images(images), checks.not_negative(eps, "eps")
-    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_SIGNS]), x[0].numel()).view_as(x)
+    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([rng.RANDOM_SIGNS]), x[0].numel()).view_as(x)
     return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
 
 

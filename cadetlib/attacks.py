@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from cadetlib import checks, rng
 from cadetlib.encoders import device_of, encode
 
-_START, _TARGET = -1, -2  # streams of an image's random numbers; those from 0 on belong to its views
 _INSIDE = 1 - 1e-6  # keeps atanh finite at pixels of 0 and 1
 
 
@@ -67,7 +66,7 @@ def pgd(
         low, high = linf_box(x, eps)
         moved = x
         if random_start:
-            draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_START]), x[0].numel())
+            draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([rng.ATTACK_START]), x[0].numel())
             moved = (x + eps * (2 * draws.view_as(x) - 1)).clamp(low, high)
         for _ in range(n_steps):
             moved = moved.detach().requires_grad_()
@@ -378,5 +377,5 @@ def random_targets(x: Tensor, labels: Tensor, n_classes: int, seed: int) -> Tens
     >>> random_targets(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 0, 1]), n_classes=2, seed=0)
     tensor([1, 0, 1, 0])
     """
-    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_TARGET]), 1).flatten().double()
+    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([rng.ATTACK_TARGET]), 1).flatten().double()
     return (labels + 1 + (draws * (n_classes - 1)).long()) % n_classes

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from cadetlib import checks, rng
 
-_NOISE = -5  # stream of an image's random numbers; -1 to -4 are those of attacks, of Hu et al.'s noise and of the control
-
 
 def gaussian_noise(x: Tensor, deviation: float, seed: int = 0) -> Tensor:
     """Independent normal noise on every value; images (N, 3, H, W) in [0, 1], as for all of these -> the same shape.
@@ -29,7 +27,7 @@ def gaussian_noise(x: Tensor, deviation: float, seed: int = 0) -> Tensor:
     (0.5, 0.1)
     """
     n = x[0].numel()
-    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([_NOISE]), 2 * n)[:, 0].double()
+    draws = rng.uniform(seed, rng.image_keys(x), torch.tensor([rng.CORRUPTION_NOISE]), 2 * n)[:, 0].double()
     radius = (-2 * torch.log1p(-draws[:, :n])).sqrt()  # Box and Muller; 1 - u is never 0
     normal = radius * torch.cos(2 * math.pi * draws[:, n:])
     return x + deviation * normal.view_as(x).to(x.dtype)

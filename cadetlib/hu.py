@@ -32,7 +32,6 @@ from cadetlib.cadet import p_values
 from cadetlib.encoders import encode
 from cadetlib.metrics import auroc
 
-_NOISE = -3  # stream of an image's random numbers: -1 and -2 are the attacks', those from 0 on the views'
 _ROUNDING = 1e-6  # a criterion that spreads less than this share of its largest value spreads by float32's rounding alone
 
 # Where `tune_hu` searches. Hu et al.'s program has sigma 0.1 (ImageNet) and 0.01 (CIFAR-10), steps of 0.005 and 0.0005 with a
@@ -430,7 +429,7 @@ def _probabilities(classifier: nn.Module, x: Tensor) -> Tensor:
 def _gaussian(x: Tensor, seed: int) -> Tensor:
     """Standard normal numbers of x's shape (N, 3, H, W), a function of (seed, each image's pixels), by Box and Muller 1958."""
     half = (x[0].numel() + 1) // 2
-    first, second = rng.uniform(seed, rng.image_keys(x), torch.tensor([_NOISE]), 2 * half)[:, 0].split(half, dim=1)
+    first, second = rng.uniform(seed, rng.image_keys(x), torch.tensor([rng.HU_NOISE]), 2 * half)[:, 0].split(half, dim=1)
     length = (-2 * torch.log1p(-first)).sqrt()  # of 1 - first, in (0, 1]
     angle = 2 * math.pi * second
     return torch.cat([length * angle.cos(), length * angle.sin()], dim=1)[:, : x[0].numel()].view_as(x)

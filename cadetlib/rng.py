@@ -12,6 +12,9 @@ from torch import Tensor
 
 from cadetlib import checks
 
+# Streams of an image's random numbers that are no view's (those from 0 on): two of attacks, Hu et al.'s noise, the random signs
+# beside which attacks are judged, and the noise of a corruption.
+ATTACK_START, ATTACK_TARGET, HU_NOISE, RANDOM_SIGNS, CORRUPTION_NOISE = -1, -2, -3, -4, -5
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 

@@ -503,3 +503,11 @@ def test_odin_says_so_where_no_gradient_comes_back():
     with pytest.raises(ValueError, match="found no gradient from logits to images, expected one"):
         detector.score_samples(images)
     assert len(DETECTORS["ODIN"](step=0.0).fit(classifier, images, labels).score_samples(images)) == 8
+
+
+def test_a_class_that_no_image_is_predicted_as_is_said_where_it_is_needed():
+    head = nn.Linear(4, 2)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([1e3, 0.0]))
+    with pytest.raises(ValueError, match=r"found none that SHE can learn from .*, expected some of each class, predicted right"):
+        DETECTORS["SHE"]().fit_features(torch.rand(20, 4), torch.arange(20) % 2, head)
