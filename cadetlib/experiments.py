@@ -451,6 +451,26 @@ def fitted_share(divisions: Sequence[Split], n_held_out: int, n_reference: int =
     return ((n_reference or len(divisions[0].reference)) + len(divisions[0].calibration)) / 2 / n_held_out
 
 
+def hangs_on_fit(pairs: Sequence[Pair], images: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether an image's score differs from split to split, and so hangs on the images that these are fitted on.
+
+    True as well where no image is scored twice, for then nothing is known. images: as of `images_of_splits`.
+
+    >>> images = [(torch.tensor([0, 1]), torch.tensor([-1])), (torch.tensor([1, 2]), torch.tensor([-1]))]
+    >>> scores = [(torch.tensor([0.5, 0.7]), torch.tensor([0.1])), (torch.tensor([0.7, 0.9]), torch.tensor([0.1]))]
+    >>> hangs_on_fit(scores, images), hangs_on_fit([scores[0], (scores[1][0] + 0.1, scores[1][1])], images)
+    (False, True)
+    """
+    twice = False
+    for mine, of in zip(zip(*pairs, strict=True), zip(*images, strict=True), strict=True):
+        image, order = torch.cat(of).sort()
+        score, again = torch.cat(mine)[order], image[1:] == image[:-1]
+        if bool((again & (score[1:] != score[:-1])).any()):
+            return True
+        twice |= bool(again.any())
+    return not twice
+
+
 def m_in_only(detector: cadet.CADet, sums: embed.ViewSums) -> Tensor:
     """The intra-similarity alone, as a score.
 
@@ -788,9 +808,13 @@ class Asker:
         score: Callable[[cadet.CADet, embed.ViewSums], Tensor] = cadet.CADet.score_sums,
         n_reference: int = 0,
     ) -> Row:
-        """`summary` of the AUROC for one set of anomalies; with `n_reference`, from so many of the reference images."""
-        pairs = self.pairs(anomaly, n_views, score, n_reference)
-        return {"anomaly": anomaly} | summary(pairs, self.images(anomaly), self.fitted(n_reference))
+        """`summary` of the AUROC for one set of anomalies; with `n_reference`, from so many of the reference images.
+
+        A score that does not hang on what a split is fitted on, such as m_in alone, has an interval for its test images alone.
+        """
+        pairs, images = self.pairs(anomaly, n_views, score, n_reference), self.images(anomaly)
+        fitted = self.fitted(n_reference) if hangs_on_fit(pairs, images) else 0.0
+        return {"anomaly": anomaly} | summary(pairs, images, fitted)
 
     def pairs(
         self,

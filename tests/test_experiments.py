@@ -142,6 +142,10 @@ def test_the_score_is_made_of_its_parts():
     assert ask("odd", 4, experiments.weighted(1.0)) == ask("odd", 4)
     assert ask("odd", 4, experiments.weighted(1e9))["auroc"] == pytest.approx(ask("odd", 4, experiments.m_out_only)["auroc"])
     assert ask("odd", 4, n_reference=10) == ask("odd", 4) != ask("odd", 4, n_reference=2)
+    alone = ask.pairs("odd", 4, experiments.m_in_only)
+    assert ask("odd", 4, experiments.m_in_only) == {"anomaly": "odd"} | experiments.summary(alone, ask.images("odd"), fitted=0)
+    assert experiments.hangs_on_fit(ask.pairs("odd", 4), ask.images("odd")), "m_out is of the split's reference images"
+    assert experiments.hangs_on_fit(alone[:1], ask.images("odd")[:1]), "one split tells nothing"
     row = ask("odd", 4)
     pairs = experiments.pairs_of_splits(sums["in-distribution"], sums["odd"], False, ask.divisions, 4)
     assert row["auroc"] == pytest.approx(np.mean([metrics.auroc(*pair) for pair in pairs]))
