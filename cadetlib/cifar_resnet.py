@@ -92,8 +92,8 @@ def load(name: str) -> Classifier:
 def _verified(path: Path, sha256: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
-            f"found no {path} (data root {data.root()}, set by CADET_DATA); to get it, take pretrained_models/{path.name} of "
-            f"github.com/akamaster/pytorch_resnet_cifar10 and put it into {_FOLDER}/"
+            f"found no {path} (data root {data.root()}; CADET_DATA names another); to get it, take "
+            f"pretrained_models/{path.name} of github.com/akamaster/pytorch_resnet_cifar10 and put it into {_FOLDER}/"
         )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:

@@ -217,13 +217,15 @@ def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
 
 
 def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
-    """For each encoder of others that a notebook is to use and whose weights are not there, what to do about it.
+    """For each encoder or attacked classifier of others that a notebook is to use and that is not there, what to do about it.
 
     >>> missing_weights(notebooks_of("digits"))
     []
     """
     taken = [n.parameters for n in notebooks if n.parameters.get("pretrained") or n.parameters.get("supervised_pretrained")]
     others = [name for n in notebooks for name in n.parameters.get("other_backbones", [])]
+    victims = [name for n in notebooks for name in [n.parameters.get("victim_name", ""), *n.parameters.get("study_victims", [])]]
+    others += [name for name in victims if name.startswith("cifar:")]  # the others are of notebook 01
     if not (taken or others):
         return []
     from cadetlib import backbones, pretrain
