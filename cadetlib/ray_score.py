@@ -40,7 +40,7 @@ try:  # an optional extra: its lack is said to those who score, not to whoever i
     import pyarrow as pa
     import ray
     import ray.data
-    from pyarrow import dataset, fs, parquet
+    from pyarrow import compute, dataset, fs, parquet
 except ModuleNotFoundError as error:
     pa = ray = None  # type: ignore[assignment]
     _LACK = f"found no module {error.name}, expected those of `pip install -r requirements-ray.txt`, here and on every machine"
@@ -287,21 +287,22 @@ def _written(out: str) -> list[str]:
         return [path for paths in pool.map(paths_in, _parquet_files(out)) for path in paths]
 
 
-def _forget_errors(out: str) -> None:
-    """Remove the rows with an error, file by file; their images count as not scored then. A file is written anew as a whole."""
+def _forget_errors(out: str) -> set[str]:
+    """Remove the rows with an error, file by file, each written anew as a whole -> the paths that have no row now."""
     filesystem, _ = _place(out)
 
-    def forget(file: str) -> None:
+    def forget(file: str) -> list[str]:
         with filesystem.open_input_file(file) as stream:
             rows = parquet.ParquetFile(stream).read()
-        good = rows.filter(rows["error"].is_null())
-        if len(good) < len(rows):
+        failed = rows["error"].is_valid()
+        if compute.any(failed).as_py():
             buffer = io.BytesIO()
-            parquet.write_table(good, buffer)
+            parquet.write_table(rows.filter(compute.invert(failed)), buffer)
             _write(filesystem, file, buffer.getvalue())
+        return rows.filter(failed)["path"].to_pylist()
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(forget, _parquet_files(out)))
+        return {path for paths in pool.map(forget, _parquet_files(out)) for path in paths}
 
 
 def _check_rows(out: str, paths: Sequence[str]) -> None:
@@ -370,8 +371,7 @@ def score_images(
     paths = _listed(images)
     done = set(_written(out))
     if retry:
-        _forget_errors(out)
-        done = set(_written(out))
+        done -= _forget_errors(out)
     lacking = [path for path in paths if path not in done]
     if not done:
         _check_readable(images, paths[:_THREADS])

@@ -142,7 +142,6 @@ def gather(folder: Path, profile: str) -> dict[str, Any]:
         "odd": [f for file, f in zip(results["07"]["files"], results["07"]["flagged"], strict=True) if file.startswith("odd")],
         "links": LINKS,
         "machine": _machine,
-        "without_folders": _without_folders,
     }
 
 

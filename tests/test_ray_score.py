@@ -243,6 +243,16 @@ def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, detector, s
     assert program.wait() == score.SOME_FAILED and "RayDeprecationWarning" not in said.read_text(), said.read_text()
     check_rows(rows_of(out), expected)
 
+    good = next(row for row in rows_of(out) if not row["error"])
+    with ray_score.fs.FileSystem.from_uri("s3://owner:secret-of-owner@bucket")[0].open_output_stream(
+        "bucket/lab/images/broken.png"
+    ) as file:
+        file.write((home / "images" / good["path"]).read_bytes())
+    command.append("--retry")
+    assert begin().wait() == score.SOME_FAILED, said.read_text()
+    rows = {row["path"]: row for row in rows_of(out)}
+    assert rows["broken.png"] == good | {"path": "broken.png"} and len(rows) == len(rows_of(out)) == len(expected)
+
 
 # --- without one --------------------------------------------------------------------------------------------------------
 
