@@ -29,14 +29,14 @@ $(STAMP): requirements.txt pyproject.toml
 reproduce: $(STAMP)
 	$(BIN)/python -m cadetlib.reproduce $(PROFILE)
 
-# One thread a worker: two workers with two threads each would wait for one another on two cores. The notebooks run in their
-# order, in one process, since each reads what earlier ones wrote.
+# One thread a worker: two workers with two threads each would wait for one another on two cores. A file is one worker's, and so
+# is a notebook. The notebooks read what the test of the profile digits, which is among the first, has left.
 test: $(STAMP)
 	$(BIN)/ruff check cadetlib tests benchmarks
 	$(BIN)/ruff format --check cadetlib tests benchmarks
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --doctest-modules cadetlib tests
-	$(BIN)/python -m pytest --nbval-lax notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --doctest-modules --nbval-lax \
+		cadetlib tests notebooks
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks/00_setup.ipynb

@@ -24,7 +24,7 @@ from cadetlib.experiments import IN_DISTRIBUTION, Pair, Row, Split
 
 Scores = Mapping[str, Tensor]  # set -> (N,), larger = more in-distribution
 CADET = ("CADet", "contrastive")  # the system that all others are held against
-_TIMED = 32  # images that a system's seconds per image are measured on
+_TIMED = 32  # images that CADet's seconds per image are measured on
 
 
 @dataclass(frozen=True)
@@ -190,17 +190,16 @@ def rows_of(
     return rows
 
 
-def seconds_per_image(score: Callable[[Tensor], Any], images: Tensor) -> float:
-    """How long a system takes for an image, from the image on, measured on a few images after one for warming up.
+def timed(score: Callable[[Tensor], Any], sets: Mapping[str, Tensor]) -> tuple[dict[str, Any], float]:
+    """What a system says of the images of each set, and the seconds that an image took it.
 
-    >>> seconds_per_image(lambda images: images.mean(dim=(1, 2, 3)), torch.rand(8, 3, 4, 4)) > 0
-    True
+    >>> scores, seconds = timed(lambda images: images.mean(dim=(1, 2, 3)), {"noise": torch.rand(8, 3, 4, 4)})
+    >>> scores["noise"].shape, seconds > 0
+    (torch.Size([8]), True)
     """
-    some = images[:_TIMED]
-    score(some[:1])
     began = time.perf_counter()
-    score(some)
-    return (time.perf_counter() - began) / len(some)
+    found = {name: score(images) for name, images in sets.items()}
+    return found, (time.perf_counter() - began) / sum(map(len, sets.values()))
 
 
 def cadet_rows(
@@ -212,7 +211,8 @@ def cadet_rows(
 ) -> tuple[list[Row], dict[str, list[Pair]]]:
     """The rows of CADet from view sums already made, and its scores: anomaly -> pairs, split by split.
 
-    Those of the contrastive encoder, which come first, fill `cadet_pairs`.
+    Those of the contrastive encoder, which come first, fill `cadet_pairs`. Sums may be of an earlier run: for the seconds, a few
+    images are asked again, after one for warming up.
 
     >>> sets = {"in-distribution": torch.rand(12, 3, 8, 8), "noise": torch.rand(5, 3, 8, 8)}
     >>> field = Field(sets, {"noise": False}, experiments.splits(12, 2, n_reference=4, n_calibration=4))
@@ -226,7 +226,9 @@ def cadet_rows(
     pairs = {anomaly: ask.pairs(anomaly, detector.n_views) for anomaly in ask.anomalies}
     if ("CADet", encoder) == CADET:
         cadet_pairs.update(pairs)
-    seconds = seconds_per_image(detector.view_sums, field.sets[IN_DISTRIBUTION])
+    few = field.sets[IN_DISTRIBUTION][:_TIMED]
+    detector.view_sums(few[:1])
+    _, seconds = timed(detector.view_sums, {IN_DISTRIBUTION: few})
     rows = []
     for anomaly, found in pairs.items():
         told = experiments.summary(found, field.images(anomaly), ask.fitted())
@@ -263,17 +265,15 @@ def post_hoc_rows(
     def features_of(images: Tensor) -> Tensor:
         return embed.embed(classifier.encoder, images, dtype=dtype)
 
-    features = {name: features_of(images) for name, images in field.sets.items()}
-    embedding = seconds_per_image(features_of, field.sets[IN_DISTRIBUTION])
+    features, embedding = timed(features_of, field.sets)
     rows = []
     for name in names:
         say(f"{name}, {encoder} encoder")
         detector = DETECTORS[name](**(settings or {}).get(name, {})).fit_features(
             learned_from.features, learned_from.labels, classifier.head
         )
-        scores = {kind: detector.score_features(found) for kind, found in features.items()}
-        seconds = embedding + seconds_per_image(detector.score_features, features[IN_DISTRIBUTION])
-        about = dict(tuned=False, seconds=seconds, forwards=detector.forwards)
+        scores, scoring = timed(detector.score_features, features)
+        about = dict(tuned=False, seconds=embedding + scoring, forwards=detector.forwards)
         rows += rows_of(name, encoder, field, scores, cadet_pairs, **about)
     return rows
 
@@ -299,15 +299,14 @@ def odin_rows(
     [('ODIN', 'PGD'), ('ODIN', 'noise'), ('ODIN tuned', 'PGD')]
     """
     say(f"ODIN, {encoder} encoder")
-    clean = field.sets[IN_DISTRIBUTION]
     odin = DETECTORS["ODIN"]().fit(learned_from.classifier, tuning[0])  # which learns nothing
-    scores = {name: odin.score_samples(images) for name, images in field.sets.items()}
-    about = dict(seconds=seconds_per_image(odin.score_samples, clean), forwards=odin.forwards)
+    scores, seconds = timed(odin.score_samples, field.sets)
+    about = dict(seconds=seconds, forwards=odin.forwards)
     rows = rows_of("ODIN", encoder, field, scores, cadet_pairs, tuned=False, **about)
     tuned = tune_odin(learned_from.classifier, *tuning)
-    scores = {name: tuned.score_samples(images) for name, images in field.attacked.items()}
+    scores, seconds = timed(tuned.score_samples, field.attacked)
     chosen = dict(temperature=tuned.temperature, step=tuned.step)
-    about = dict(seconds=seconds_per_image(tuned.score_samples, clean), forwards=tuned.forwards)
+    about = dict(seconds=seconds, forwards=tuned.forwards)
     return rows + rows_of("ODIN tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)
 
 
@@ -339,11 +338,9 @@ def hu_rows(
     measured = hu.criteria(classifier, calibration, **untuned.settings())
     untuned.fit_criteria(classifier, measured)
     calibrated.fit_criteria(classifier, measured)
-    seconds = seconds_per_image(untuned.score_samples, clean)
-    found = {}
-    for name, images in field.tested.items():
-        say(f"Hu, {encoder} encoder: walks of {len(images)} images of {name}")
-        found[name] = hu.criteria(classifier, images, **untuned.settings())
+    asked = ", ".join(f"{len(images)} of {name}" for name, images in field.tested.items())
+    say(f"Hu, {encoder} encoder: walks of images, {asked}")
+    found, seconds = timed(lambda images: hu.criteria(classifier, images, **untuned.settings()), field.tested)
     about = dict(seconds=seconds, forwards=_passes(untuned, found))
     rows = []
     for system, detector in (("Hu", untuned), ("HuSelfCalibrated", calibrated)):
@@ -352,10 +349,10 @@ def hu_rows(
     say(f"Hu, {encoder} encoder: tuning on {len(tuning[1])} attacked images")
     tuned = hu.tune_hu(classifier, *tuning, **settings)
     tested = {name: images for name, images in field.tested.items() if name in field.attacked}
-    found = {name: hu.criteria(classifier, images, **tuned.settings()) for name, images in tested.items()}
+    found, seconds = timed(lambda images: hu.criteria(classifier, images, **tuned.settings()), tested)
     scores = {name: field.of_tested(name, tuned.score_criteria(criteria)) for name, criteria in found.items()}
     chosen = {key: getattr(tuned, key) for key in hu.GRID}
-    about = dict(seconds=seconds_per_image(tuned.score_samples, clean), forwards=_passes(tuned, found))
+    about = dict(seconds=seconds, forwards=_passes(tuned, found))
     return rows + rows_of("Hu tuned", encoder, field, scores, cadet_pairs, tuned=True, chosen=chosen, **about)
 
 

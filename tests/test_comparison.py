@@ -188,7 +188,6 @@ def test_hu_walks_cost_at_most_what_is_told(monkeypatch):
         "steps_to_leave",
         lambda c, x, targeted, lr, r, cap, *rest: passes.append(len(x) * cap) or steps(c, x, targeted, lr, r, cap, *rest),
     )
-    monkeypatch.setattr(comparison, "seconds_per_image", lambda *_: 0.0)
     comparison.hu_rows("contrastive", small, known, (images[:6], images[6:12]), {}, HU, say=lambda _: None)
     given = dict(n_hu=8, n_tuning=6, attacks=["pgd"], hu_cap_targeted=3, hu_cap_untargeted=3)
     assert sum(passes) == costs.hu_steps(given, n_held_out=40)
