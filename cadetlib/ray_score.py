@@ -34,6 +34,8 @@ import torch
 
 from cadetlib import checks, data, encoders, processes, record, score, thresholds
 from cadetlib.cadet import CADet
+from cadetlib.chunks import Decoded, images_per_chunk, images_per_step, rows_of_chunk
+from cadetlib.score_table import COLUMNS, Settings, Summary
 
 _LACK = ""
 try:  # an optional extra: its lack is said to those who score, not to whoever imports the package
@@ -104,19 +106,19 @@ class _Named(io.BytesIO):
         return self._name
 
 
-def _decoded(content: bytes, path: str, size: int) -> score.Decoded:
-    """`score.decode` of a file's bytes, with the same image and the same error.
+def _decoded(content: bytes, path: str, size: int) -> Decoded:
+    """`chunks.decode` of a file's bytes, with the same image and the same error.
 
     >>> _decoded(b"PNG", "cut.png", size=32).error
     "found no readable image (cannot identify image file 'cut.png'), expected a whole image file; replace or remove it"
     """
     try:
-        return score.Decoded(path, data.read_image(_Named(content, path), size))  # type: ignore[arg-type]
-    except Exception as error:  # as in `score.decode`
-        return score.Decoded(path, None, str(error).replace(f"{path}: ", "") or type(error).__name__)
+        return Decoded(path, data.read_image(_Named(content, path), size))  # type: ignore[arg-type]
+    except Exception as error:  # as in `chunks.decode`
+        return Decoded(path, None, str(error).replace(f"{path}: ", "") or type(error).__name__)
 
 
-def _read(filesystem: Any, folder: str, path: str, size: int) -> score.Decoded:
+def _read(filesystem: Any, folder: str, path: str, size: int) -> Decoded:
     """One image. What a file system refuses is the file's error; what Ray Data calls worth a second try is raised."""
     try:
         with filesystem.open_input_stream(f"{folder}/{path}", compression=None) as file:
@@ -124,7 +126,7 @@ def _read(filesystem: Any, folder: str, path: str, size: int) -> score.Decoded:
     except OSError as error:
         if any(sign in str(error) for sign in ray.data.DataContext.get_current().retried_io_errors):
             raise
-        return score.Decoded(path, None, f"could not be read ({error})")
+        return Decoded(path, None, f"could not be read ({error})")
     return _decoded(content, path, size)
 
 
@@ -168,16 +170,16 @@ class _Scorer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:
         columns = batch["path"], torch.from_numpy(batch["image"].copy()), batch["error"]
-        chunk = [score.Decoded(path, None if error else image, error) for path, image, error in zip(*columns, strict=True)]
-        return _table_of(score.rows_of_chunk(self.detector, chunk, self.threshold))
+        chunk = [Decoded(path, None if error else image, error) for path, image, error in zip(*columns, strict=True)]
+        return _table_of(rows_of_chunk(self.detector, chunk, self.threshold))
 
 
 def _table_of(rows: Sequence[Sequence[str]]) -> Any:
-    """Lines of `score.rows_of_chunk` as a pyarrow table: numbers as float64, `flagged` as bool, null for what is empty."""
-    columns = dict(zip(score.COLUMNS, ([field or None for field in fields] for fields in zip(*rows, strict=True)), strict=True))
+    """Lines of `chunks.rows_of_chunk` as a pyarrow table: numbers as float64, `flagged` as bool, null for what is empty."""
+    columns = dict(zip(COLUMNS, ([field or None for field in fields] for fields in zip(*rows, strict=True)), strict=True))
     numbers = {name: [v and float(v) for v in columns[name]] for name in ("score", "m_in", "m_out", "p_value")}
     flagged = [v and v == "True" for v in columns["flagged"]]
-    types = {name: pa.string() for name in score.COLUMNS} | dict.fromkeys(numbers, pa.float64()) | {"flagged": pa.bool_()}
+    types = {name: pa.string() for name in COLUMNS} | dict.fromkeys(numbers, pa.float64()) | {"flagged": pa.bool_()}
     return pa.table(columns | numbers | {"flagged": flagged}, schema=pa.schema(types))
 
 
@@ -202,7 +204,7 @@ def _run(
     Ray Data begins lost actors again, and their tasks, without being asked to. Paths go in rather than `read_binary_files`,
     which ends a run at the first file that cannot be opened and passes over names with an underscore.
     """
-    block = _images_per_block(len(paths), actors, score._images_per_step(detector), most)
+    block = _images_per_block(len(paths), actors, images_per_step(detector), most)
     table = pa.table({"path": pa.array(paths, pa.string())})
     source, where = _place(images)  # here, since a relative folder or AWS_ENDPOINT_URL may be this machine's alone
     filesystem, folder = _place(out)
@@ -218,7 +220,7 @@ def _run(
     )
     rows = rows.map_batches(
         _Scorer,
-        batch_size=min(block, score._images_per_chunk(detector)),
+        batch_size=min(block, images_per_chunk(detector)),
         batch_format="numpy",
         fn_constructor_args=(ray.put(detector), threshold, "cuda" if gpus else "cpu"),
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -235,7 +237,7 @@ def _settings_of(detector: CADet, images: str, threshold: float) -> dict[str, An
     """What the rows of one folder have in common."""
     filesystem, folder = _place(images)
     where = hashlib.sha256(os.fsencode(f"{filesystem.type_name}://{folder}")).hexdigest()
-    return score.Settings(detector.fingerprint(), threshold, where).stated()
+    return Settings(detector.fingerprint(), threshold, where).stated()
 
 
 def _claim(out: str, settings: dict[str, Any]) -> None:
@@ -318,7 +320,7 @@ def _check_rows(out: str, paths: Sequence[str]) -> None:
         )
 
 
-def summary(out: str) -> score.Summary:
+def summary(out: str) -> Summary:
     """Counts over the rows in the folder `out`, and its first failures.
 
     FileNotFoundError for a folder without rows, ModuleNotFoundError without Ray Data.
@@ -336,7 +338,7 @@ def summary(out: str) -> score.Summary:
     failed = dataset.field("error").is_valid()
     first = rows.to_table(columns=["path", "error"], filter=failed).sort_by("path").slice(0, 10).to_pylist()
     flagged = dataset.field("flagged")
-    return score.Summary(rows.count_rows(), rows.count_rows(filter=flagged), rows.count_rows(filter=failed), first, [])
+    return Summary(rows.count_rows(), rows.count_rows(filter=flagged), rows.count_rows(filter=failed), first, [])
 
 
 # --- the command line ---------------------------------------------------------------------------------------------------
@@ -351,7 +353,7 @@ def score_images(
     gpus: float = 0,
     most: int = 512,
     retry: bool = False,
-) -> score.Summary:
+) -> Summary:
     """Write the p-value of every image below `images` that has no row in `out` yet -> what `out` then holds.
 
     images, out: folders, local or as URI; actors: that score, with `gpus` each; most: images in a task and a Parquet file;

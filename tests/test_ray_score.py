@@ -22,7 +22,7 @@ from object_store import WEED, Store
 from test_score import FORMATS, fill
 
 import cadetlib
-from cadetlib import encoders, processes, ray_score, score
+from cadetlib import chunks, encoders, processes, ray_score, score, score_table
 from cadetlib.cadet import CADet
 
 needs_ray = pytest.mark.skipif(ray_score.ray is None, reason="needs Ray Data: pip install -r requirements-ray.txt")
@@ -53,7 +53,7 @@ def home(tmp_path_factory):
     fit += ["--reference", home / "reference", "--calibration", home / "calibration", "--batch-size", 24]
     assert score.main([*map(str, fit)]) == 0
     single = ["score", "--detector", home / "detector.safetensors", "--images", images, "--out", home / "p.csv", "--alpha", 0.2]
-    assert score.main([*map(str, single), "--batch-size", "24"]) == score.SOME_FAILED
+    assert score.main([*map(str, single), "--batch-size", "24"]) == score_table.SOME_FAILED
     return home
 
 
@@ -158,7 +158,7 @@ def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cl
     killer = threading.Thread(target=kill_in_the_middle, args=(cluster, out, seen, ended))
     killer.start()
     try:
-        assert run(home, out, *options) == score.SOME_FAILED
+        assert run(home, out, *options) == score_table.SOME_FAILED
     finally:
         ended.set()
         killer.join()
@@ -169,7 +169,7 @@ def test_every_image_is_scored_once_although_a_node_is_killed(home, tmp_path, cl
     check_rows(rows, expected)
 
     capfd.readouterr()
-    assert run(home, out, *options) == score.SOME_FAILED
+    assert run(home, out, *options) == score_table.SOME_FAILED
     assert {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == files, "images were scored again"
     said = capfd.readouterr().err
     assert f"{len(rows)} images, {len(rows)} done" in said and "3 files could not be scored" in said and "broken.png" in said
@@ -240,7 +240,7 @@ def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, detector, s
     assert f"{len(expected)} images, {n_done} done" in said.read_text()
     with store.overloaded() as asked:
         wait_for(lambda: max((n for path, n in asked.items() if "/images/" in path), default=0) > PATIENCE, program)
-    assert program.wait() == score.SOME_FAILED and "RayDeprecationWarning" not in said.read_text(), said.read_text()
+    assert program.wait() == score_table.SOME_FAILED and "RayDeprecationWarning" not in said.read_text(), said.read_text()
     check_rows(rows_of(out), expected)
 
     good = next(row for row in rows_of(out) if not row["error"])
@@ -249,7 +249,7 @@ def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, detector, s
     ) as file:
         file.write((home / "images" / good["path"]).read_bytes())
     command.append("--retry")
-    assert begin().wait() == score.SOME_FAILED, said.read_text()
+    assert begin().wait() == score_table.SOME_FAILED, said.read_text()
     rows = {row["path"]: row for row in rows_of(out)}
     assert rows["broken.png"] == good | {"path": "broken.png"} and len(rows) == len(rows_of(out)) == len(expected)
 
@@ -259,8 +259,8 @@ def test_an_object_store_is_gone_on_with_and_may_be_overloaded(home, detector, s
 
 def local_run(paths, images, out, detector, threshold, *_):
     """What `ray_score._run` does, in this process, into a file of its own."""
-    chunk = [score.decode(images, path, detector.image_size) for path in paths]
-    table = ray_score._table_of(score.rows_of_chunk(detector, chunk, threshold))
+    chunk = [chunks.decode(images, path, detector.image_size) for path in paths]
+    table = ray_score._table_of(chunks.rows_of_chunk(detector, chunk, threshold))
     ray_score.parquet.write_table(table, Path(out) / f"{len(list(Path(out).glob('*.parquet')))}.parquet")
 
 
@@ -342,7 +342,7 @@ def test_an_object_store_gives_the_same_images_and_errors(home, tmp_path, monkey
     assert sorted(paths) == sorted({*score.images_below(images)} - {"gone.png"}), "a link that leads nowhere is no object"
     batch = ray_score._decode({"path": [*paths, "gone.png"]}, store, "images", size)
     for path, image, error in zip(*batch.values(), strict=True):
-        single = score.decode(images, path, size)
+        single = chunks.decode(images, path, size)
         assert bool(error) == (path in DAMAGED)
         if not error:
             assert (image == single.image.numpy()).all(), path

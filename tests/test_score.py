@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, data, encoders, reproduce, score, thresholds
+from cadetlib import cadet, chunks, data, encoders, gallery, reproduce, score, score_parts, score_table, thresholds
 from cadetlib.cadet import CADet
 
 FORMATS = {"a.png": {}, "b.jpg": {}, "deep/er/c.webp": {}, "deep/d.tiff": {}, "e.gif": {}, "f.bmp": {}, "g.ppm": {}, "h.jp2": {}}
@@ -90,7 +90,7 @@ def test_fit_is_algorithm_2_on_the_folders(home, detector):
 
 def test_every_file_has_its_line_with_the_library_s_numbers(home, detector, tmp_path, capfd):
     out = tmp_path / "p.csv"
-    assert run("score", home, "--out", out, "--alpha", 0.2) == score.SOME_FAILED
+    assert run("score", home, "--out", out, "--alpha", 0.2) == score_table.SOME_FAILED
     rows = table(out)
     failed = {"broken.png", "deep/empty.jpg", "gone.png"}
     good = {*FORMATS, *ODD_NAMES, *(f"more/{i:02d}.png" for i in range(12))}
@@ -112,13 +112,13 @@ def test_every_file_has_its_line_with_the_library_s_numbers(home, detector, tmp_
 
 def test_a_score_depends_on_its_image_alone_to_the_last_bit(home, detector, tmp_path, monkeypatch):
     run("score", home, "--out", tmp_path / "a.csv", "--workers", 1)
-    monkeypatch.setattr(score, "_CHUNK", 5)
+    monkeypatch.setattr(chunks, "_CHUNK", 5)
     run("score", home, "--out", tmp_path / "b.csv", "--workers", 3)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     passes = []
     detector.encoder.register_forward_hook(lambda module, given, _: passes.append(len(given[0])))
     for n in (1, 4, 5):
-        score.view_sums(detector, torch.rand(n, 3, 16, 16))
+        chunks.view_sums(detector, torch.rand(n, 3, 16, 16))
     assert passes == [24] * 4, "convolutions round by the size of their batch, so that all must be filled up alike"
     alone = fill(tmp_path / "alone", ["x.png"], 300)  # the pixels of a.png
     run("score", home, "--out", tmp_path / "c.csv", "--images", alone)
@@ -130,9 +130,9 @@ def test_a_score_depends_on_its_image_alone_to_the_last_bit(home, detector, tmp_
 
 @pytest.mark.parametrize("cut", [0, 9, "line"])
 def test_an_interrupted_table_is_gone_on_with(home, tmp_path, monkeypatch, cut, capfd):
-    monkeypatch.setattr(score, "_CHUNK", 4)
+    monkeypatch.setattr(chunks, "_CHUNK", 4)
     run("score", home, "--out", tmp_path / "whole.csv")
-    whole, out, append, calls = (tmp_path / "whole.csv").read_bytes(), tmp_path / "p.csv", score.Table.append, []
+    whole, out, append, calls = (tmp_path / "whole.csv").read_bytes(), tmp_path / "p.csv", score_table.Table.append, []
 
     def stop_at_the_third(self, rows):
         calls.append(len(rows))
@@ -140,16 +140,16 @@ def test_an_interrupted_table_is_gone_on_with(home, tmp_path, monkeypatch, cut, 
             raise KeyboardInterrupt
         append(self, rows)
 
-    monkeypatch.setattr(score.Table, "append", stop_at_the_third)
+    monkeypatch.setattr(score_table.Table, "append", stop_at_the_third)
     assert run("score", home, "--out", out) == 130
     written = out.read_bytes()
-    assert whole.startswith(written) and len(list(score.lines_of(out))) == 9
+    assert whole.startswith(written) and len(list(score_table.lines_of(out))) == 9
     out.write_bytes(written[:-cut] if cut and cut != "line" else written + b'"half a na' if cut else written)
     calls[:] = [0] * 3
-    assert run("score", home, "--out", out) == score.SOME_FAILED
+    assert run("score", home, "--out", out) == score_table.SOME_FAILED
     assert out.read_bytes() == whole
     assert sum(calls[3:]) == 27 - 8 + (cut == 9), "lines that were there were computed again"
-    assert run("score", home, "--out", out) == score.SOME_FAILED and out.read_bytes() == whole
+    assert run("score", home, "--out", out) == score_table.SOME_FAILED and out.read_bytes() == whole
     capfd.readouterr()
     assert run("score", home, "--out", out, "--alpha", 0.3) == 1 and "another threshold" in capfd.readouterr().err
     assert run("score", home, "--out", out, "--images", home / "calibration") == 1
@@ -158,8 +158,8 @@ def test_an_interrupted_table_is_gone_on_with(home, tmp_path, monkeypatch, cut, 
 
 
 def test_no_more_than_two_chunks_are_held(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "_CHUNK", 4)
-    decode, append, held, most = score.decode, score.Table.append, [0], []
+    monkeypatch.setattr(chunks, "_CHUNK", 4)
+    decode, append, held, most = chunks.decode, score_table.Table.append, [0], []
 
     def count_in(*arguments):
         held[0] += 1
@@ -170,17 +170,17 @@ def test_no_more_than_two_chunks_are_held(home, tmp_path, monkeypatch):
         held[0] -= len(rows)
         append(self, rows)
 
-    monkeypatch.setattr(score, "decode", count_in)
-    monkeypatch.setattr(score.Table, "append", count_out)
+    monkeypatch.setattr(chunks, "decode", count_in)
+    monkeypatch.setattr(score_table.Table, "append", count_out)
     run("score", home, "--out", tmp_path / "p.csv", "--workers", 1)
     assert held == [0] and len(most) == 27 and max(most) <= 8
 
 
 def test_fit_holds_no_more_for_more_images(home, detector, monkeypatch):
     """X_val(1) may be a whole training set: of 12 chunks, the images of three and the view sums of two are there at a time."""
-    monkeypatch.setattr(score, "_CHUNK", 1)
+    monkeypatch.setattr(chunks, "_CHUNK", 1)
     fitted = CADet(detector.encoder, **detector.settings(), batch_size=detector.n_views)  # an image a forward pass, and a chunk
-    decode, sums_of_chunk, images, sums, most = score.decode, score.sums_of_chunk, [], [], [0, 0]
+    decode, sums_of_chunk, images, sums, most = chunks.decode, chunks.sums_of_chunk, [], [], [0, 0]
 
     def alive(references):
         return sum(reference() is not None for reference in references)
@@ -196,7 +196,7 @@ def test_fit_holds_no_more_for_more_images(home, detector, monkeypatch):
         most[:] = max(most[0], alive(images)), max(most[1], alive(sums))
         return found
 
-    monkeypatch.setattr(score, "decode", remember)
+    monkeypatch.setattr(chunks, "decode", remember)
     monkeypatch.setattr(score, "sums_of_chunk", look)
     score.fit_folders(fitted, home / "reference", home / "calibration", workers=1)
     assert len(images) == len(sums) == 12 + 39 and most[0] <= 3 and most[1] <= 2
@@ -216,7 +216,7 @@ def test_whatever_a_decoder_says_the_file_is_named(tmp_path, kind):
     with pytest.raises(ValueError, match=f"{name}: found no readable image .*; replace or remove it") as caught:
         data.read_image(tmp_path / name, 8)
     assert type(caught.value.__cause__).__name__ == kind
-    found = score.decode(tmp_path, name, 8)
+    found = chunks.decode(tmp_path, name, 8)
     assert found.image is None and "found no readable image" in found.error and str(tmp_path) not in found.error
 
 
@@ -243,16 +243,16 @@ class Blind(nn.Module):
 def test_an_image_without_features_is_an_error_of_its_own():
     detector = CADet(Blind(), n_views=3, image_size=8, batch_size=6)
     light = torch.randint(100, 200, (3, 3, 8, 8), dtype=torch.uint8)
-    chunk = [score.Decoded(str(i), image) for i, image in enumerate([light[0], light[1] * 0, light[2]])]
-    found, sums = score.sums_of_chunk(detector, [*chunk, score.Decoded("x", None, "broken")])
+    chunk = [chunks.Decoded(str(i), image) for i, image in enumerate([light[0], light[1] * 0, light[2]])]
+    found, sums = chunks.sums_of_chunk(detector, [*chunk, chunks.Decoded("x", None, "broken")])
     assert [bool(item.error) for item in found] == [False, True, False, True] and "NaN" in found[1].error
     torch.testing.assert_close(sums.means, detector.view_sums(light[[0, 2]]).means, atol=0, rtol=0)
-    alone, sums = score.sums_of_chunk(detector, chunk[1:2], none_before=True)
+    alone, sums = chunks.sums_of_chunk(detector, chunk[1:2], none_before=True)
     assert "NaN" in alone[0].error and sums is None
     dark = [chunk[1], chunk[1]]
-    assert all(item.error for item in score.sums_of_chunk(detector, dark)[0]), "others had features: it is these images"
+    assert all(item.error for item in chunks.sums_of_chunk(detector, dark)[0]), "others had features: it is these images"
     with pytest.raises(ValueError, match="NaN"):  # no image of several had any, and none before: the encoder's fault
-        score.sums_of_chunk(detector, dark, none_before=True)
+        chunks.sums_of_chunk(detector, dark, none_before=True)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 256])
@@ -262,9 +262,9 @@ def test_lines_do_not_depend_on_the_chunks_they_came_in(tmp_path, monkeypatch, c
     detector.fit(*torch.randint(100, 200, (2, 9, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     images = fill(tmp_path / "images", [f"{i}.png" for i in range(8)], 0)
     Image.new("RGB", (8, 8)).save(images / "9.png")
-    monkeypatch.setattr(score, "_CHUNK", chunk)
+    monkeypatch.setattr(chunks, "_CHUNK", chunk)
     score.score_folder(detector, images, tmp_path / "p.csv", 0.1)
-    monkeypatch.setattr(score, "_CHUNK", 256)
+    monkeypatch.setattr(chunks, "_CHUNK", 256)
     score.score_folder(detector, images, tmp_path / "whole.csv", 0.1)
     assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert [path for path, row in table(tmp_path / "p.csv").items() if row["error"]] == ["9.png"]
@@ -277,12 +277,12 @@ def test_what_can_be_read_again_has_the_line_of_a_run_without_errors(home, tmp_p
     for name in whole:
         (images / name).write_bytes(b"cut")
     again = ["--images", images, "--out", out]
-    assert run("score", home, *again) == score.SOME_FAILED and "with --retry" in capfd.readouterr().err
+    assert run("score", home, *again) == score_table.SOME_FAILED and "with --retry" in capfd.readouterr().err
     before = out.read_bytes()
-    assert run("score", home, *again, "--retry") == score.SOME_FAILED and out.read_bytes() == before, "still broken"
+    assert run("score", home, *again, "--retry") == score_table.SOME_FAILED and out.read_bytes() == before, "still broken"
     (images / "2.png").write_bytes(whole["2.png"])
-    assert run("score", home, *again) == score.SOME_FAILED and out.read_bytes() == before, "only when asked to"
-    assert run("score", home, *again, "--retry") == score.SOME_FAILED and not table(out)["2.png"]["error"]
+    assert run("score", home, *again) == score_table.SOME_FAILED and out.read_bytes() == before, "only when asked to"
+    assert run("score", home, *again, "--retry") == score_table.SOME_FAILED and not table(out)["2.png"]["error"]
     (images / "5.png").write_bytes(whole["5.png"])
     fill(images, ["late.png"], 400)
     assert run("score", home, *again, "--retry") == 0
@@ -293,14 +293,14 @@ def test_what_can_be_read_again_has_the_line_of_a_run_without_errors(home, tmp_p
 
 
 def test_a_table_that_is_written_anew_stays_locked(home, detector, tmp_path):
-    written = score.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
+    written = score_table.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
     early = open(tmp_path / "p.csv", "ab")  # before it is replaced, as another process may
     with pytest.raises(OSError, match="full"):
         written.replace(iter([b"one", *map(fail, ["disk full"])]))
-    assert (tmp_path / "p.csv").read_bytes() == score.line(score.COLUMNS)
-    written.replace([score.line(score.COLUMNS)])
+    assert (tmp_path / "p.csv").read_bytes() == score_table.line(score_table.COLUMNS)
+    written.replace([score_table.line(score_table.COLUMNS)])
     with pytest.raises(ValueError, match="another process"):
-        score.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
+        score_table.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
     written.append([["a.png", *[""] * 5, "gone"]])
     assert set(table(tmp_path / "p.csv")) == {"a.png"}
     early.close()
@@ -437,13 +437,13 @@ def written(out):
 def test_parts_are_the_single_process_s_table_byte_for_byte(home, tmp_path, monkeypatch, whole, n, capfd):
     out = tmp_path / "p.csv"
     for i in range(n, 0, -1):
-        assert run("score", home, "--out", out, "--part", f"{i}/{n}") in (0, score.SOME_FAILED) and not out.exists()
-    monkeypatch.setattr(score, "_begin", None)  # all parts are there: no process is started
+        assert run("score", home, "--out", out, "--part", f"{i}/{n}") in (0, score_table.SOME_FAILED) and not out.exists()
+    monkeypatch.setattr(score_parts, "_begin", None)  # all parts are there: no process is started
     capfd.readouterr()
-    assert run("score", home, "--out", out, "--parts", n) == score.SOME_FAILED
+    assert run("score", home, "--out", out, "--parts", n) == score_table.SOME_FAILED
     assert "27 files, 24 scored" in capfd.readouterr().err
     assert written(out) == whole and len(list(tmp_path.iterdir())) == 2
-    assert run("score", home, "--out", out, "--parts", n) == run("score", home, "--out", out) == score.SOME_FAILED
+    assert run("score", home, "--out", out, "--parts", n) == run("score", home, "--out", out) == score_table.SOME_FAILED
     assert written(out) == whole, "a merged table is a finished one"
 
 
@@ -507,7 +507,7 @@ def test_each_gpu_has_a_process_that_goes_on_with_its_part(home, tmp_path, monke
     monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["3", "7"])
     monkeypatch.setattr(subprocess, "Popen", spy)
     assert run("score", home, "--out", out, "--gpus", "1,0", "--device", "cpu") == 1 and "one GPU" in capfd.readouterr().err
-    assert run("score", home, "--out", out, "--gpus", "1,0") == score.SOME_FAILED
+    assert run("score", home, "--out", out, "--gpus", "1,0") == score_table.SOME_FAILED
     assert begun == [("--part=1/2", "7"), ("--part=2/2", "3")]
     assert written(out) == whole and len(list(tmp_path.iterdir())) == 2
 
@@ -548,14 +548,14 @@ def test_the_parts_end_with_their_parent(home, tmp_path):
 
 
 def test_two_processes_at_one_table_are_refused(home, tmp_path, capfd):
-    held = score._held(tmp_path / "p.csv")
+    held = score_table._held(tmp_path / "p.csv")
     assert run("score", home, "--out", tmp_path / "p.csv") == 1
     assert "found another process at work on it" in capfd.readouterr().err
     held.close()
-    assert run("score", home, "--out", tmp_path / "p.csv") == score.SOME_FAILED
+    assert run("score", home, "--out", tmp_path / "p.csv") == score_table.SOME_FAILED
 
 
 def test_a_gallery_goes_on_without_an_image_that_has_gone(tmp_path):
     row = dict(path="gone.png", flagged="True", p_value="0.01")
-    text, side = score._item(tmp_path, row)
+    text, side = gallery._item(tmp_path, row)
     assert "gone.png" in text and side == 64
