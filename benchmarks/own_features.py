@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadetlib import attack_study, comparison, data, embed, encoders, experiments, parameters, record
+from cadetlib import attack_sets, attack_study, comparison, data, embed, encoders, experiments, parameters, record
 from cadetlib.experiments import IN_DISTRIBUTION, Row
 from cadetlib.views import EvalViews
 
@@ -33,7 +33,7 @@ def held_out(given: Mapping[str, Any]) -> data.ImageSet:
 
 def attacked(victim: nn.Module, images: data.ImageSet, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """FGSM and PGD of notebook 04, and the control: random signs as large as FGSM's."""
-    moved = experiments.attack_all(["fgsm", "pgd"], victim, images.images, images.labels, given)
+    moved = attack_sets.attack_all(["fgsm", "pgd"], victim, images.images, images.labels, given)
     return moved | {attack_study.CONTROL: attack_study.random_signs(images.images, given["fgsm_eps"])}
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     given = parameters.read_yaml(options.params)
     victim, images = classifier(options.network, given), held_out(given)
     moved = attacked(victim, images, given)
-    strength = experiments.attack_strength(victim, images.images, images.labels, moved)
+    strength = attack_sets.attack_strength(victim, images.images, images.labels, moved)
     sets, paired = {IN_DISTRIBUTION: images.images} | moved, dict.fromkeys(moved, True)
     rows = [row for s in options.scales for row in rows_at(victim.encoder, sets, paired, s, GRID, given)]
     out = options.out or record.output_folder("bench") / f"own_features-{options.network.replace(':', '-')}.json"

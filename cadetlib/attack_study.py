@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import attacks, checks, encoders, experiments, record, rng
+from cadetlib import attack_sets, attacks, checks, encoders, experiments, record, rng
 from cadetlib.experiments import IN_DISTRIBUTION, Row, Split
 from cadetlib.views import EvalViews
 
@@ -100,7 +100,7 @@ def attack_at(
         checks.one_of(name, "attack", ("fgsm", "pgd"))
     step = eps / parameters["pgd_eps"] * parameters["pgd_step"]
     at_eps = {**parameters, "fgsm_eps": eps, "pgd_eps": eps, "pgd_step": step}
-    return experiments.attack_all(names, victim, images, labels, at_eps, cache) | {CONTROL: random_signs(images, eps)}
+    return attack_sets.attack_all(names, victim, images, labels, at_eps, cache) | {CONTROL: random_signs(images, eps)}
 
 
 def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:

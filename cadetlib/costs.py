@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cadetlib import checks, data, encoders, experiments, hu, imagenet, pretrain, recipes, reproduce
+from cadetlib import attack_sets, checks, data, encoders, hu, imagenet, pretrain, recipes, reproduce
 
 COUNTS = {"cifar10-train": 50_000, "cifar10-test": 10_000, "cifar10.1-v6": 2000, "cifar10.1-v4": 2021, "mnist-test": 10_000}
 KINDS = ("trained", "forward", "attacked")  # what a rate is about
@@ -80,7 +80,7 @@ def of_profile(profile: str) -> list[Cost]:
     pools = n_images(p2["reference"]) + sum(map(n_images, p2["shifted"]))
     samples = n_images(p3["in_distribution"], p3["n_held_out"])
     compared = samples * (1 + len(p3["attacks"])) + sum(map(n_images, p3["unseen"]))
-    attacked = experiments.ATTACK_NAMES.values()
+    attacked = attack_sets.ATTACK_NAMES.values()
     crops = held_out + sum(held_out if name in attacked else n_images(name, p4["n_unseen"]) for name in p5["crop_sets"])
     features = _FLOAT * _features(p1)
     study, attacked_sets = p5["study_n_images"], len(p5["study_attacks"]) + 1

@@ -22,7 +22,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from cadetlib import cadet, corruptions, data, encoders, experiments, metrics, plots, record
+from cadetlib import attack_sets, cadet, corruptions, data, encoders, experiments, metrics, plots, record
 from cadetlib.views import resize_to
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
         run.save(encoders={n: encoders.save_encoder(network(n), run.folder / n / "encoder.safetensors") for n in names})
         run, sets = record.start("04_cadet_tables", {"profile": "digits"}), images_of_04()
         about = [dict(name=name, paired=name == "noise", n=len(images)) for name, images in sets.items()]
-        run.save(images=experiments.save_sets(run.folder, **sets), sets=about, settings=SETTINGS)
+        run.save(images=attack_sets.save_sets(run.folder, **sets), sets=about, settings=SETTINGS)
     return run.folder
 
 

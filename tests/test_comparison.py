@@ -4,7 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import attack_study, attacks, cadet, claims, comparison, costs, data, embed, encoders, experiments, hu, metrics
+from cadetlib import (
+    attack_sets,
+    attack_study,
+    attacks,
+    cadet,
+    claims,
+    comparison,
+    costs,
+    data,
+    embed,
+    encoders,
+    experiments,
+    hu,
+    metrics,
+)
 from cadetlib.detectors import DETECTORS
 from cadetlib.experiments import IN_DISTRIBUTION
 from cadetlib.views import EvalViews
@@ -26,7 +40,7 @@ def world(tmp_path_factory):
     moved = attacks.fgsm(known.classifier, held_out.images, held_out.labels, eps=0.1)
     sets = {IN_DISTRIBUTION: held_out.images, "unseen": unseen.images, "FGSM": moved}
     divisions = experiments.splits(90, 2, 20, 30)
-    counted = experiments.successful(known.classifier, held_out.images, held_out.labels, {"FGSM": moved})
+    counted = attack_sets.successful(known.classifier, held_out.images, held_out.labels, {"FGSM": moved})
     field = comparison.Field(sets, {IN_DISTRIBUTION: False, "unseen": False, "FGSM": True}, divisions, counted)
     return network, known, field
 

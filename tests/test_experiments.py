@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, data, embed, encoders, experiments, metrics, mmd, two_sample
+from cadetlib import attack_sets, cadet, data, embed, encoders, experiments, metrics, mmd, shifts, two_sample
 from cadetlib.views import EvalViews
 
 
@@ -21,19 +21,19 @@ def unit_sums(n, seed, shift=0.0, dim=8, grid=(2, 4)):
 
 def test_draws_are_disjoint_and_of_the_pool():
     pool = torch.arange(100, 140)
-    parts = experiments.draws_without_overlap(pool, 50, (10, 10, 20), seed=0)
+    parts = shifts.draws_without_overlap(pool, 50, (10, 10, 20), seed=0)
     together = torch.cat(parts, dim=1)
     assert [tuple(p.shape) for p in parts] == [(50, 10), (50, 10), (50, 20)]
     assert all(sorted(row) == pool.tolist() for row in together.tolist())
     assert len({tuple(row) for row in parts[0].tolist()}) > 40, "draws repeat one another"
     with pytest.raises(ValueError, match="found 40 images"):
-        experiments.draws_without_overlap(pool, 1, (20, 21), seed=0)
+        shifts.draws_without_overlap(pool, 1, (20, 21), seed=0)
 
 
 def test_table_1_keeps_its_level_and_sees_a_shift():
     generator = torch.Generator().manual_seed(0)
     reference, same, other = (torch.randn(150, 16, generator=generator) for _ in range(3))
-    rows = experiments.rejection_rates(reference, {"same": same, "other": other + 0.7}, [10, 40], 60, 99)
+    rows = shifts.rejection_rates(reference, {"same": same, "other": other + 0.7}, [10, 40], 60, 99)
     rate = {(r["test"], r["shift"], r["n"]): r["rate"] for r in rows}
     assert len(rows) == 2 * 3 * 2
     assert rate["MMD", "other", 40] == rate["MMD-CC", "other", 40] == 1.0
@@ -46,13 +46,11 @@ def test_table_1_keeps_its_level_and_sees_a_shift():
 def test_table_1_counts_a_p_value_of_just_alpha():
     """Of 19 splits a certain shift has p = 1 / 20 = 0.05, which rejects at 0.05; float32's 0.05 would not."""
     reference = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
-    for row in experiments.rejection_rates(reference, {"far": reference + 3}, [20], 40, n_perm=19):
+    for row in shifts.rejection_rates(reference, {"far": reference + 3}, [20], 40, n_perm=19):
         assert row["shift"] != "far" or row["rate"] == 1.0
         assert set(row["p_values"]) <= {k / 20 for k in range(1, 21)}
-    rows = experiments.trained_rejection_rates(
-        {"ME": dict(n_steps=0)}, reference, {"far": reference + 3}, [26], 3, say=lambda _: None
-    )
-    x, _, y = experiments._draws_of_shift(80, 80, False, 26, 3, 0)
+    rows = shifts.trained_rejection_rates({"ME": dict(n_steps=0)}, reference, {"far": reference + 3}, [26], 3, say=lambda _: None)
+    x, _, y = shifts._draws_of_shift(80, 80, False, 26, 3, 0)
     pool = torch.cat([reference, reference + 3])
     alone = [
         two_sample.TESTS["ME"](pool[a], pool[b], seed=i, n_steps=0).p_value for i, (a, b) in enumerate(zip(x, y, strict=True))
@@ -63,7 +61,7 @@ def test_table_1_counts_a_p_value_of_just_alpha():
 def test_table_2_reaches_its_ceiling_and_no_more():
     generator = torch.Generator().manual_seed(1)
     reference, fresh = torch.randn(400, 16, generator=generator).split(200)
-    rows = experiments.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 1000, (100,))
+    rows = shifts.small_sample_aurocs(reference, {"far": reference + 9, "same": fresh}, [3, 20], 1000, (100,))
     auroc = {(r["test"], r["anomaly"], r["n"]): r["auroc"] for r in rows}
     assert auroc["MMD-CC", "far", 20] == pytest.approx(1 - 0.5 / 101, abs=0.004)
     assert 0.4 < auroc["MMD", "same", 20] < 0.6
@@ -75,12 +73,12 @@ def test_table_2_reaches_its_ceiling_and_no_more():
 
 def test_no_image_is_drawn_in_two_forms():
     """Pools made from the reference image by image: what S_Q holds is in no other sample."""
-    for draws in (experiments._draws_of_shift(90, 90, True, 10, 40, 0), experiments._draws_of_anomaly(90, 90, True, 10, 40, 0)):
+    for draws in (shifts._draws_of_shift(90, 90, True, 10, 40, 0), shifts._draws_of_anomaly(90, 90, True, 10, 40, 0)):
         together = torch.cat([*draws[:-1], draws[-1] - 90], dim=1)
         assert int(draws[-1].min()) >= 90
         assert all(len(set(row)) == len(row) for row in together.tolist())
     reference = torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
-    rows = experiments.rejection_rates(reference, {"copy": reference.clone()}, [10], 100, 99, paired=["copy"])
+    rows = shifts.rejection_rates(reference, {"copy": reference.clone()}, [10], 100, 99, paired=["copy"])
     assert all(row["low"] <= 0.05 for row in rows), "copies are no shift"
 
 
@@ -89,7 +87,7 @@ def test_tests_that_learn_have_their_cells():
     reference, shifted = torch.rand(2, 80, 3, 4, 4, generator=generator)
     tests = {"ME": dict(n_steps=0), "C2ST-L": dict(n_epochs=2, image_size=16, n_perm=19)}
     others = {"dark": shifted / 2}
-    rows = experiments.trained_rejection_rates(tests, reference, others, [25], 4, say=lambda _: None)
+    rows = shifts.trained_rejection_rates(tests, reference, others, [25], 4, say=lambda _: None)
     rate = {(row["test"], row["shift"]): row["rate"] for row in rows}
     assert set(rate) == {(test, shift) for test in tests for shift in ("no shift", "dark")}
     assert rate["ME", "dark"] == 1.0 and rate["ME", "no shift"] < 1
@@ -228,19 +226,19 @@ def test_roc_points_hold_their_auroc():
 
 def test_attack_settings_and_cache(tmp_path):
     parameters = {"pgd_eps": 0.1, "pgd_n_steps": 2, "cw_l2_c": 1.0, "cw_l2_n_steps": 3, "cw_l2_ball_eps": 0.5, "seed": 1}
-    assert experiments.attack_settings("cw_l2", parameters) == {"c": 1.0, "n_steps": 3}
-    assert experiments.attack_settings("cw_l2_ball", parameters) == {"eps": 0.5}
+    assert attack_sets.attack_settings("cw_l2", parameters) == {"c": 1.0, "n_steps": 3}
+    assert attack_sets.attack_settings("cw_l2_ball", parameters) == {"eps": 0.5}
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 3))
     images, labels = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1])
-    made = experiments.attack_all(["pgd", "cw_l2"], classifier, images, labels, parameters, tmp_path)
+    made = attack_sets.attack_all(["pgd", "cw_l2"], classifier, images, labels, parameters, tmp_path)
     assert list(made) == ["PGD", "CW-L2"]
     assert len(list(tmp_path.glob("attack-*.safetensors"))) == 2
-    again = experiments.attack_all(["pgd"], classifier, images, labels, parameters, tmp_path)
+    again = attack_sets.attack_all(["pgd"], classifier, images, labels, parameters, tmp_path)
     assert torch.equal(again["PGD"], made["PGD"]) and len(list(tmp_path.glob("attack-*.safetensors"))) == 2
-    experiments.attack_all(["pgd"], classifier, images, labels, parameters | {"pgd_eps": 0.2}, tmp_path)
+    attack_sets.attack_all(["pgd"], classifier, images, labels, parameters | {"pgd_eps": 0.2}, tmp_path)
     assert len(list(tmp_path.glob("attack-*.safetensors"))) == 3, "other settings must not find the cached images"
     with pytest.raises(ValueError, match="found 'pdg'"):
-        experiments.attacked("pdg", classifier, images, labels)
+        attack_sets.attacked("pdg", classifier, images, labels)
 
 
 @pytest.mark.parametrize("other", [dict(std=(0.1, 0.5, 0.3)), dict(stem="cifar-linear")])
@@ -253,13 +251,13 @@ def test_another_victim_of_the_same_weights_is_attacked_anew(tmp_path, other):
     head, images, labels = nn.Linear(32, 3), torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     for network in (one, two):
         victim = encoders.Classifier(network, head)
-        found = experiments.attacked("fgsm", victim, images, labels, tmp_path, eps=0.1)
-        assert torch.equal(found, experiments.attacked("fgsm", victim, images, labels, eps=0.1))
+        found = attack_sets.attacked("fgsm", victim, images, labels, tmp_path, eps=0.1)
+        assert torch.equal(found, attack_sets.attacked("fgsm", victim, images, labels, eps=0.1))
 
 
 def test_sets_of_images_come_back_as_they_were(tmp_path):
     sets = {"in-distribution": torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8), "PGD": torch.rand(4, 3, 5, 5)}
-    loaded = experiments.load_sets(tmp_path, experiments.save_sets(tmp_path, **sets))
+    loaded = attack_sets.load_sets(tmp_path, attack_sets.save_sets(tmp_path, **sets))
     assert set(loaded) == set(sets) and all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in sets.items())
 
 
@@ -287,9 +285,9 @@ def test_the_encoders_similarity_is_that_of_mmd():
     """Notebook 02 compares plain embeddings; the pool's Gram matrix must be the one of the single tests."""
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator) + 1
-    (row,) = [r for r in experiments.rejection_rates(x, {"y": y}, [4], 1, 199) if (r["test"], r["shift"]) == ("MMD", "y")]
-    x1, _ = experiments.draws_without_overlap(torch.arange(12), 1, (4, 4), 0)
-    (drawn,) = experiments.draws_without_overlap(torch.arange(12), 1, (4,), 1)
+    (row,) = [r for r in shifts.rejection_rates(x, {"y": y}, [4], 1, 199) if (r["test"], r["shift"]) == ("MMD", "y")]
+    x1, _ = shifts.draws_without_overlap(torch.arange(12), 1, (4, 4), 0)
+    (drawn,) = shifts.draws_without_overlap(torch.arange(12), 1, (4,), 1)
     single = mmd.mmd_test(x[x1[0]], y[drawn[0]], 4000)
     assert row["p_values"][0] == pytest.approx(single.p_value, abs=0.1)
 
@@ -328,5 +326,5 @@ def test_more_reference_images_than_there_are_are_refused():
 def test_the_papers_shift_is_shown_before_any_other():
     row = dict(encoder="contrastive", test="MMD-CC", n=50)
     rows = [row | dict(shift=shift, rate=rate) for shift, rate in (("noise-1", 0.5), ("cifar10.1-v6", 1.0), ("no shift", 0.5))]
-    assert experiments.shift_to_show(rows) == "cifar10.1-v6"
-    assert experiments.shift_to_show(rows[2:]) == "no shift"
+    assert shifts.shift_to_show(rows) == "cifar10.1-v6"
+    assert shifts.shift_to_show(rows[2:]) == "no shift"

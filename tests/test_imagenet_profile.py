@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_report import PROFILE, drawn, folder, root  # noqa: F401 - fixtures
 
-from cadetlib import claims, data, experiments, pretrain, record, report, reproduce
+from cadetlib import attack_sets, claims, data, pretrain, record, report, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "imagenet-dry-run"
@@ -137,13 +137,13 @@ def test_every_table_has_its_rows(output):
     systems = {"CADet", *given["04"]["detectors"], "ODIN", "ODIN tuned", "Hu", "HuSelfCalibrated", "Hu tuned"}
     rows = results("04")["rows"]
     assert {row["detector"] for row in rows} == systems
-    attacked = {experiments.ATTACK_NAMES[name] for name in given["04"]["attacks"]}
+    attacked = {attack_sets.ATTACK_NAMES[name] for name in given["04"]["attacks"]}
     for encoder in ("contrastive", "supervised"):
         assert {row["anomaly"] for row in rows if (row["detector"], row["encoder"]) == ("CADet", encoder)} == {
             *given["04"]["unseen"],
             *attacked,
         }
     assert set(results("05")["moments"]) == {"in-distribution", *given["04"]["unseen"], *attacked}
-    images = experiments.load_sets(FOLDER, results("04")["images"])
+    images = attack_sets.load_sets(FOLDER, results("04")["images"])
     assert {tuple(x.shape[1:]) for x in images.values()} == {(3, 224, 224)} and images["in-distribution"].float().std() > 20
     assert len(results("06")["detectors"]) == 2 and len(results("07")["p_values"]) == 60

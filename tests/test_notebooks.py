@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cadetlib import parameters, reproduce
+from cadetlib.attack_sets import attack_settings
 from cadetlib.attacks import ATTACKS
 from cadetlib.data import SOURCES
-from cadetlib.experiments import attack_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
