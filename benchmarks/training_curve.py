@@ -18,16 +18,16 @@ from typing import Any
 from own_features import PARAMS, attacked, held_out, rows_at, write
 from torch import nn
 
-from cadetlib import attack_study, data, encoders, experiments, parameters, plots, pretrain, record
+from cadetlib import attack_study, data, encoders, experiments, parameters, plots, record, run_files
 from cadetlib.experiments import IN_DISTRIBUTION
 
 
 def stages(folder: Path) -> Iterator[tuple[int, float | None, nn.Module]]:
     """Epoch, nearest-neighbour accuracy as logged, and encoder: untrained, at each snapshot, at the end."""
-    log = pretrain.read_log(folder / "log.jsonl")
+    log = run_files.read_log(folder / "log.jsonl")
     accuracy = {round(line["epoch"]): line["knn_accuracy"] for line in log if "knn_accuracy" in line}
     last = round(log[-1]["epoch"])
-    files = pretrain.snapshots(folder) | {last: folder / pretrain.ENCODER}
+    files = run_files.snapshots(folder) | {last: folder / run_files.ENCODER}
     yield 0, None, attack_study.untrained(encoders.placed(encoders.load_encoder(files[last])))
     for epoch, file in sorted(files.items()):
         yield epoch, accuracy.get(epoch), encoders.placed(encoders.load_encoder(file))
@@ -35,7 +35,7 @@ def stages(folder: Path) -> Iterator[tuple[int, float | None, nn.Module]]:
 
 def trained_with(folder: Path) -> dict[str, Any]:
     """The settings that a run's encoder was trained with, and by which commits on what, as its file has them."""
-    _, about = encoders.read_safetensors(folder / pretrain.ENCODER, encoders.FORMAT)
+    _, about = encoders.read_safetensors(folder / run_files.ENCODER, encoders.FORMAT)
     return json.loads(about["settings"]) | dict(made_by=json.loads(about.get("made_by", "[]")))
 
 

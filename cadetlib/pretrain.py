@@ -3,30 +3,26 @@
     python -m cadetlib.pretrain --params params/digits/01_pretraining.yaml
     torchrun --nproc-per-node 8 -m cadetlib.pretrain --params FILE.yaml
 
-Read it downwards: settings, schedule, synchronised batch norm, checkpoints, the loop, the run and its log, the launch. All
-randomness is a function of (seed, epoch, image, view), so that a run is the same on any number of processes and goes on after
-any interruption as if there had been none. Exit codes: 0 finished, 75 saved and left because SIGTERM, SIGUSR1 or SIGUSR2 asked,
-1 anything else (torchrun has its own: 1 also when it was asked to stop and its processes have saved).
+Read it downwards: settings, schedule, the loop, the run and its report, the launch. What a run keeps on disk is in `run_files`;
+notebooks ask `trained` for encoders. All randomness is a function of (seed, epoch, image, view), so that a run is the same on
+any number of processes and goes on after any interruption as if there had been none. Exit codes: 0 finished, 75 saved and left
+because SIGTERM, SIGUSR1 or SIGUSR2 asked, 1 anything else (torchrun has its own: 1 also when it was asked to stop and its
+processes have saved).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import math
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,23 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cadetlib import ahead, checks, data, embed, encoders, imagenet, losses, parameters, probe, processes, record, stream
+from cadetlib import (
+    ahead,
+    checks,
+    data,
+    embed,
+    encoders,
+    imagenet,
+    losses,
+    parameters,
+    probe,
+    processes,
+    record,
+    run_files,
+    stream,
+)
+from cadetlib.run_files import is_first, say
+from cadetlib.synchronised import synchronised
 from cadetlib.views import TrainViews
 
 PREEMPTED = 75  # EX_TEMPFAIL: saved; start me again
@@ -51,17 +63,9 @@ OPERATION = (
     "allow_unreadable",
 )  # may change between runs
 TAKEN = {"contrastive": "pretrained", "supervised": "supervised_pretrained"}  # objective -> parameter that names weights
-ENCODER = "encoder.safetensors"  # in the folder of a finished run
-VISSL_SIMCLR = (
-    "https://dl.fbaipublicfiles.com/vissl/model_zoo/simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/"
-    "model_final_checkpoint_phase799.torch"
-)
 COLLAPSED = 0.99  # mean similarity of different images beyond which nothing is being learned
 _SETTLED = 5  # epochs, or the warm-up when it is shorter, before a collapse is looked for
-_KEEP = 2  # checkpoints: the last, and the one before it should the last be damaged
-_PATIENCE = 60  # seconds that a run waits for another one in its folder to end
 _TOGETHER = 600  # seconds within which all processes must have started
-_GRACE = 45  # seconds to save and leave in; torchrun gives its processes 30
 
 
 @dataclass(frozen=True)
@@ -169,110 +173,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        x = x.clone()
-        distributed.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous().clone()
-        distributed.all_reduce(gradient)
-        return gradient
-
-
-class _CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over all processes' samples where torch has none: on CPU. x: (n, C) or (n, C, H, W).
-
-    Local statistics would leak the positive pair.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        running_mean, running_var, momentum = self.running_mean, self.running_var, self.momentum
-        assert running_mean is not None and running_var is not None and momentum is not None  # torch's defaults
-        if not (self.training and losses.is_distributed()):
-            return F.batch_norm(x, running_mean, running_var, self.weight, self.bias, self.training, momentum, self.eps)
-        dims = [0, *range(2, x.ndim)]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        n = x.numel() // x.shape[1] * distributed.get_world_size()
-        mean = _SumOverProcesses.apply(x.float().sum(dims)) / n
-        centred = x.float() - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / n
-        with torch.no_grad():
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(variance * (n / (n - 1)), momentum)
-        normal = centred * (variance + self.eps).rsqrt().view(shape)
-        return (normal * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
-
-
-def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norm over all processes; torch's own on CUDA.
-
-    >>> synchronised(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cpu"))[0](torch.ones(2, 3, 1, 1)).flatten().tolist()
-    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    """
-    if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.__class__ = _CpuSyncBatchNorm
-    return model
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def _save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write atomically a checkpoint whose name carries its own digest; keep the last two."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    for unfinished in folder.glob(".checkpoint-*.part"):  # of a process that was killed here
-        unfinished.unlink(missing_ok=True)
-    path = folder / f"checkpoint-{step:09d}-{_digest(content)}.pt"
-    temporary = folder / f".{path.name}.part"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-_KEEP]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def _load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest undamaged checkpoint of the first process's folder, on all processes; None when there is none at all.
-
-    A damaged one is set aside with a loud line. ValueError when all are damaged: starting anew is for a person to decide.
-    """
-    found = [_newest_undamaged(folder) if _is_first() else None]
-    if losses.is_distributed():
-        distributed.broadcast_object_list(found)
-    return None if found[0] is None else torch.load(io.BytesIO(found[0]), map_location=device, weights_only=True)
-
-
-def _newest_undamaged(folder: Path) -> bytes | None:
-    damaged: list[Path] = []
-    for path in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
-        content = path.read_bytes()
-        if path.stem.endswith(f"-{_digest(content)}"):
-            for other in damaged:
-                other.replace(other.with_suffix(".damaged"))
-            return content
-        damaged.append(path)
-        _say(f"DAMAGED CHECKPOINT {path.name}: its content does not match its name; going back to the one before")
-    if damaged:
-        raise ValueError(f"found only damaged checkpoints in {folder}, expected one whole; remove them to begin anew")
-    return None
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+# --- what a run may go on from -----------------------------------------------------------------------------------------
 
 
 def different_settings(found: Mapping[str, Any], settings: Settings) -> list[str]:
@@ -302,7 +203,7 @@ def _identity(images: data.ImageSet) -> str:
     if isinstance(images, data.FolderSet):
         return f"{len(images)} images {stream.digest(images)[:16]}"
     labels = b"" if images.labels is None else images.labels.cpu().numpy().tobytes()
-    return f"{len(images)} images {_digest(labels)}"
+    return f"{len(images)} images {run_files.digest(labels)}"
 
 
 def _refuse_other_images(found: str, images: data.ImageSet) -> None:
@@ -315,10 +216,6 @@ def _refuse_other_images(found: str, images: data.ImageSet) -> None:
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------
-
-
-def _is_first() -> bool:
-    return not losses.is_distributed() or distributed.get_rank() == 0
 
 
 class _Stop:
@@ -450,8 +347,12 @@ def is_streamed(settings: Settings) -> bool:
     return settings.stream or (settings.data in imagenet.SETS and imagenet.SETS[settings.data].streamed)
 
 
-def _prepared(name: str, settings: Settings) -> data.ImageSet:
-    """A set of these classes, counted from 0; files are not read yet."""
+def prepared(name: str, settings: Settings) -> data.ImageSet:
+    """A set of the run's classes, counted from 0; files are not read yet.
+
+    >>> prepared("digits", Settings(classes=[7, 8])).labels.unique()
+    tensor([0, 1])
+    """
     images = data.load(name, allow_unreadable=settings.allow_unreadable).of_classes(settings.classes)
     if settings.classes and images.labels is not None:
         position = {label: i for i, label in enumerate(settings.classes)}
@@ -461,7 +362,7 @@ def _prepared(name: str, settings: Settings) -> data.ImageSet:
 
 def _training_images(settings: Settings) -> data.ImageSet:
     """The run's images, with labels counted from 0 in the order of `classes`; brought to its size unless they are streamed."""
-    images = _prepared(settings.data, settings)
+    images = prepared(settings.data, settings)
     if not is_streamed(settings):
         images = images.resized(settings.image_size)
     elif not isinstance(images, data.FolderSet):
@@ -501,7 +402,7 @@ def train(settings: Settings, device: torch.device | None = None) -> int:
     stop = _Stop()
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with stop.listening(), _alone_in(folder) if _is_first() else nullcontext():
+    with stop.listening(), run_files.alone_in(folder) if is_first() else nullcontext():
         return _train(settings, device or encoders.default_device(), stop)
 
 
@@ -513,7 +414,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     held_out = _held_out(settings, images)
     n_classes = 1 if images.labels is None else int(images.labels.max()) + 1
     if isinstance(images, data.FolderSet):
-        images = stream.readable(images, Path(settings.output), settings.allow_unreadable, settings.workers, _say)
+        images = stream.readable(images, Path(settings.output), settings.allow_unreadable, settings.workers, say)
         images = _at_least_a_batch(images, settings, "readable images")
     run = _Run(settings, images, n_classes, device)
     run.resume()
@@ -548,7 +449,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
             if asked:
                 run.save()
         if asked:
-            _say(f"asked to stop: saved at step {run.step}; start again with the same settings to go on")
+            say(f"asked to stop: saved at step {run.step}; start again with the same settings to go on")
             return PREEMPTED
     if run.step == run.last_step:
         run.keep_encoder()
@@ -604,7 +505,7 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; ValueError when it is of other settings or images."""
-        found = _load_checkpoint(self.folder, self.device)
+        found = run_files.load_checkpoint(self.folder, self.device)
         if found is None:
             return
         _refuse_other_settings(found["settings"], self.settings)
@@ -613,7 +514,7 @@ class _Run:
         self.optimizer.load_state_dict(found["optimizer"])
         self.scaler.load_state_dict(found["scaler"])
         self.step, self.made_by = found["step"], made_by_also_here(found.get("made_by", []))
-        _say(f"resumed at step {self.step}")
+        say(f"resumed at step {self.step}")
 
     def learn(self, batch: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One step -> the loss before it and the embeddings it came from."""
@@ -636,25 +537,26 @@ class _Run:
             raise ValueError(
                 f"step {self.step}: found NaN or infinite weights, expected finite ones; lower learning_rate or use float32"
             )
-        if _is_first():
+        if is_first():
             state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
             state |= dict(step=self.step, settings=asdict(self.settings), images=_identity(self.images), made_by=self.made_by)
-            _save_checkpoint(self.folder, self.step, state)
+            run_files.save_checkpoint(self.folder, self.step, state)
 
     def keep_snapshot(self) -> None:
         """Keep the encoder as it is after this epoch."""
-        if _is_first():
-            encoders.save_encoder(self.model.encoder, _snapshot_file(self.folder, self.epochs_done), half=True, steps=self.step)
+        if is_first():
+            file = run_files.snapshot_file(self.folder, self.epochs_done)
+            encoders.save_encoder(self.model.encoder, file, half=True, steps=self.step)
 
     def keep_encoder(self) -> None:
         """Keep the encoder of the whole run, unless it is there already."""
-        if _is_first() and not _holds(self.folder / ENCODER, self.step):
+        if is_first() and not run_files.holds(self.folder / run_files.ENCODER, self.step):
             head = self.model.head if isinstance(self.model.head, nn.Linear) else None
             # A folder is nobody else's business.
             told = json.dumps({key: value for key, value in asdict(self.settings).items() if key != "output"})
             by = json.dumps(self.made_by)
             encoders.save_encoder(
-                self.model.encoder, self.folder / ENCODER, head=head, steps=self.step, settings=told, made_by=by
+                self.model.encoder, self.folder / run_files.ENCODER, head=head, steps=self.step, settings=told, made_by=by
             )
 
 
@@ -662,7 +564,7 @@ class _Report:
     """What a run says of itself while it learns: lines of its log, and an error instead of a line that should end it."""
 
     def __init__(self, run: _Run) -> None:
-        self.run, self.log = run, _Log(run.folder / "log.jsonl", run.step)
+        self.run, self.log = run, run_files.Log(run.folder / "log.jsonl", run.step)
         self.losses: list[Tensor] = []  # since the last line
         self._restart_clock()
 
@@ -743,53 +645,13 @@ def _shares(
         yield checks.images(pixels[index]), labels[index], index
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """A lock on a run's folder, which the system frees however this process ends; ValueError when another process has it.
-
-    Two runs in one folder would remove each other's unfinished checkpoints and write one log. One that was killed leaves
-    processes behind that decode, for some seconds: so long this one waits.
-    """
-    place, last = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
-    try:
-        while not processes.locks(place):
-            if time.monotonic() > last:
-                raise ValueError(f"{folder}: found another training at work in it, expected none; wait for it or end it")
-            time.sleep(0.5)
-        yield
-    finally:
-        os.close(place)
-
-
-def _holds(file: Path, steps: int) -> bool:
-    """Whether an undamaged encoder of so many steps is there: written again it would have other bytes, and outdate notebooks."""
-    try:
-        return encoders.read_safetensors(file, encoders.FORMAT)[1].get("steps") == str(steps)
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def _anywhere(here: bool, device: torch.device) -> bool:
     """Whether something is so for the first process, which has the log; the same answer for all."""
     if not losses.is_distributed():
         return here
-    found = torch.tensor(float(here and _is_first()), device=device)
+    found = torch.tensor(float(here and is_first()), device=device)
     distributed.all_reduce(found)
     return bool(found)
-
-
-def _snapshot_file(folder: Path, epoch: int) -> Path:
-    """Where a run keeps its encoder as it was after an epoch."""
-    return folder / f"encoder-epoch-{epoch:04d}.safetensors"
-
-
-def snapshots(folder: Path) -> dict[int, Path]:
-    """The encoders that a run kept on its way: epoch -> file.
-
-    >>> snapshots(Path("no-such-run"))
-    {}
-    """
-    return {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.glob("encoder-epoch-*.safetensors"))}
 
 
 def _over_processes(value: Tensor, of_sum: bool) -> float:
@@ -806,7 +668,7 @@ def _held_out(settings: Settings, images: data.ImageSet) -> data.ImageSet | None
     """
     if not (settings.knn_every and settings.knn_data):
         return None
-    held_out = _prepared(settings.knn_data, settings)
+    held_out = prepared(settings.knn_data, settings)
     if images.labels is None or held_out.labels is None:
         raise ValueError(f"knn_data: found no labels in {images.name} or {held_out.name}, expected labels for the kNN evaluation")
     chosen = data.split(len(held_out), {"test": min(len(held_out), settings.knn_images)}, seed=0)["test"]
@@ -837,49 +699,6 @@ def _all_features(encoder: encoders.ResNet, share: data.ImageSet, dtype: str) ->
         distributed.all_gather_object(parts, parts[0])
     features, labels = (torch.cat(kind) for kind in zip(*parts, strict=True))
     return features, labels
-
-
-class _Log:
-    """One JSON line per report, and a plain line for people; on resume, what came after the checkpoint is dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        if _is_first():
-            kept = [line for line in read_log(path) if line["step"] <= step]
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(path)
-
-    def has(self, step: int, name: str) -> bool:
-        """Whether a value of this name was logged at this step."""
-        return any(line["step"] == step and name in line for line in read_log(self.path))
-
-    def write(self, **values: Any) -> None:
-        if _is_first():
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-            _say("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log; a last line cut off by a kill is left out.
-
-    >>> read_log(Path("no-such-run/log.jsonl"))
-    []
-    """
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _say(line: str) -> None:
-    if _is_first():
-        with suppress(BrokenPipeError):  # whoever read along has gone; what is asked of this process is on disk
-            print(processes.printable(line), flush=True)
 
 
 # --- the launch ---------------------------------------------------------------------------------------------------------
@@ -919,234 +738,6 @@ def run_folder(settings: Settings) -> Path:
     defaults = asdict(Settings())
     decisive = {k: v for k, v in asdict(settings).items() if k not in OPERATION and v != defaults[k]}
     return Path(f"{settings.output}-{record.digest(decisive)[:8]}")
-
-
-def obtain(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
-    """The folder of a finished run with these parameters: this user's own; else the one that the project keeps; else trained now.
-
-    With `pretrained` (or `supervised_pretrained`) nothing is trained: see `take`.
-    What the project keeps of a profile lies in outputs/reference/<profile>/pretraining/<objective>. Its file is used only when
-    its digest is right and it was trained with just these settings, and it is said that it was used.
-
-    >>> obtain({"pretrained": "no-such-file.pth"})  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    FileNotFoundError: pretrained: found no file ...no-such-file.pth (a relative path begins at the data root, ...
-    """
-    settings = settings_from(given, objective)
-    if name := given.get(TAKEN[objective]):
-        return take(name, settings)
-    if record.forced():  # reproduce --force: nothing finished or kept is taken
-        record.set_aside(run_folder(settings))
-        return launch(given, objective)
-    kept = record.checkout() / "outputs" / "reference" / str(given.get("profile", "digits")) / "pretraining" / objective
-    if run_folder(settings).is_dir() or not (kept / ENCODER).is_file():  # one's own, be it interrupted, comes first
-        return launch(given, objective)
-    _, about = encoders.read_safetensors(kept / ENCODER, encoders.FORMAT)  # compares its digest
-    if different := different_settings(json.loads(about["settings"]), settings):
-        print(f"{objective}: the encoder that the project keeps was trained otherwise ({', '.join(different)}): training anew")
-        return launch(given, objective)
-    print(f"{objective}: taking the encoder that the project keeps, trained with these settings. To train your own instead, run")
-    print(f"  {record.interpreter()} -m cadetlib.pretrain --params params/{kept.parents[1].name}/01_pretraining.yaml")
-    return Path(shutil.copytree(kept, f"{settings.output}-kept", dirs_exist_ok=True))
-
-
-# --- weights that others have trained ---------------------------------------------------------------------------------------
-
-
-def take(name: str, settings: Settings) -> Path:
-    """A folder with the encoder that others trained, as a run of these settings would have left it, so that it serves as one.
-
-    name: what `encoders.load_encoder` takes, a file's relative path beginning at the data root; for the supervised objective it
-    has to bring its classifier, for the very classes of `settings.data`: "torchvision:NAME", or a file of this project with a
-    head. Of the log there is one line, which says the epochs that the parameters state. FileNotFoundError says how to get what
-    is not there; ValueError when it is no ResNet, or has no such classifier.
-
-    >>> take("no-such-file.pth", Settings())  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    FileNotFoundError: pretrained: found no file ...no-such-file.pth (a relative path begins at the data root, ...
-    """
-    parameter, supervised = TAKEN[settings.objective], settings.objective == "supervised"
-    if absent := missing_weights({parameter: name}):
-        raise FileNotFoundError(absent[0])
-    found = str(_weights_place(name))
-    try:
-        encoder = _as_resnet(encoders.load_encoder(found), name)
-        head = _head_of(found, parameter, _prepared(settings.data, settings)) if supervised else None
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{parameter}: {error}; or leave the parameter empty to train") from error
-    folder = Path(f"{settings.output}-taken-{record.digest([name, encoders.fingerprint(encoder)])[:8]}")
-    shown = name if _is_named(name) else Path(name).name  # a folder is nobody else's business
-    encoders.save_encoder(encoder, folder / ENCODER, head=head, source=shown)
-    _Log(folder / "log.jsonl", -1).write(step=0, epoch=float(settings.epochs), source=shown)
-    return folder
-
-
-def missing_weights(given: Mapping[str, Any]) -> list[str]:
-    """For each file that `pretrained` and `supervised_pretrained` name and that is not there, what to do about it.
-
-    >>> missing_weights({"pretrained": "", "supervised_pretrained": "torchvision:resnet50"})
-    []
-    """
-    found = {k: given.get(k, "") for k in TAKEN.values()}
-    return [
-        f"{k}: found no file {_weights_place(name)} (a relative path begins at the data root, CADET_DATA), expected weights; put "
-        f"them there, or leave the parameter empty to train. VISSL's SimCLR, ResNet-50 of 800 epochs: {VISSL_SIMCLR}"
-        for k, name in found.items()
-        if name and not _is_named(name) and not _weights_place(name).is_file()
-    ]
-
-
-def public_weights(given: Mapping[str, Any]) -> list[str]:
-    """What `pretrained` and `supervised_pretrained` take from torchvision or timm by name.
-
-    >>> public_weights({"pretrained": "weights/file.pth", "supervised_pretrained": "torchvision:resnet50"})
-    ['torchvision:resnet50']
-    """
-    return [given[k] for k in TAKEN.values() if _is_named(given.get(k, ""))]
-
-
-def origin(folder: Path) -> str:
-    """Where the encoder in a run's folder is from, in words.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = encoders.save_encoder(encoders.ResNet("resnet10", 4), folder / ENCODER, source="timm:resnet50")
-    >>> origin(folder)
-    'timm:resnet50, trained by others'
-    """
-    about = encoders.read_safetensors(folder / ENCODER, encoders.FORMAT)[1]
-    return f"{about['source']}, trained by others" if "source" in about else "trained with these parameters"
-
-
-def _is_named(name: str) -> bool:
-    return name.partition(":")[0] in ("torchvision", "timm")
-
-
-def _weights_place(name: str) -> Path:
-    """The file of a name; the name itself when another library knows it."""
-    return Path(name) if _is_named(name) else data.root() / Path(name).expanduser()
-
-
-def _as_resnet(encoder: nn.Module, name: str) -> encoders.ResNet:
-    """The same encoder as a ResNet of this project, in which later notebooks find its stages; ValueError when it is none."""
-    if isinstance(encoder, encoders.ResNet):
-        return encoder
-    from cadetlib import foreign
-
-    _, weights = foreign.encoder_weights({k.removeprefix("network."): v for k, v in encoder.state_dict().items()}, name)
-    mean, std = (getattr(encoder.normalize, k).flatten().tolist() for k in ("mean", "std"))
-    size = encoder.image_size
-    made = encoders.ResNet(*foreign.architecture(weights, name), image_size=size, mean=mean, std=std)  # type: ignore[arg-type]
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
-    with torch.no_grad(), suppress(RuntimeError):  # weights that do not fit
-        made.load_state_dict(weights, strict=False)
-        if torch.allclose(made.eval()(images), encoder(images), rtol=1e-3, atol=1e-4):
-            return made
-    raise ValueError(
-        f"{name}: found a network that computes something else than a ResNet of its weights, expected a plain ResNet"
-    )
-
-
-def _head_of(name: str, parameter: str, images: data.ImageSet) -> nn.Linear:
-    """The classifier that comes with the weights; ValueError when there is none, or one of other classes than the images'."""
-    kind, _, rest = name.partition(":")
-    if kind == "torchvision":
-        from torchvision import models
-
-        head = getattr(models.get_model(rest, weights="IMAGENET1K_V1"), "fc", None)
-    else:
-        head = encoders.head_of(name) if name.endswith(".safetensors") else None
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{parameter}: found {name} without a linear classifier, expected 'torchvision:NAME' of a ResNet or a .safetensors "
-            "file of this project saved with its head"
-        )
-    n_classes = 0 if images.labels is None else int(images.labels.max()) + 1
-    if head.out_features != n_classes:
-        raise ValueError(
-            f"{parameter}: found a classifier of {head.out_features} classes and {n_classes} in {images.name}, expected the same"
-        )
-    return head
-
-
-# --- a process of its own ---------------------------------------------------------------------------------------------------
-
-
-def n_processes(asked: int, n_gpus: int) -> int:
-    """How many processes train: as asked, but on GPUs one for each at most, aloud. The batch is divided among them all.
-
-    >>> n_processes(8, n_gpus=4)
-    pretraining: found 4 GPUs for 8 processes; going on with 4, which give the same training up to rounding
-    4
-    >>> n_processes(2, n_gpus=0), n_processes(1, n_gpus=8)
-    (2, 1)
-    """
-    if not n_gpus or asked <= n_gpus:
-        return asked
-    _say(
-        f"pretraining: found {n_gpus} GPUs for {asked} processes; going on with {n_gpus}, which give the same training up to "
-        "rounding"
-    )
-    return n_gpus
-
-
-def launch(given: Mapping[str, Any], objective: str = "contrastive") -> Path:
-    """Train in a subprocess of its own with these parameters, its lines printed here; returns the folder of the run.
-
-    A finished run is found in its `run_folder` and not repeated.
-    `processes` > 1 starts that many with torchrun, but not more than there are GPUs when there are any. The child's environment
-    holds no distributed variables, and interrupting this call, or the end of this process, ends the whole group. RuntimeError
-    when the training did not finish.
-
-    >>> launch({"epocs": 3})
-    Traceback (most recent call last):
-    ValueError: parameters: epocs: unknown parameter, did you mean epochs?
-    """
-    import yaml
-
-    folder = run_folder(settings_from(given, objective))
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "parameters.yaml"
-    file.write_text(yaml.safe_dump(dict(given), sort_keys=False))
-    number = n_processes(int(given.get("processes", 1)), torch.cuda.device_count())
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m"] if number > 1 else []
-    command = [sys.executable, "-m", *torchrun, "cadetlib.pretrain", "--params", str(file), "--objective", objective]
-    command += ["--output", str(folder)]
-    environment = processes.without_distributed(os.environ)
-    if number > 1:  # or torchrun says one thread each
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",  # of a file's name that is no Unicode
-        start_new_session=True,  # an interrupted notebook cell reaches this process alone, which then ends its child
-        preexec_fn=partial(processes.die_with_parent, os.getpid()),
-    ) as child:
-        lines: list[str] = []
-        try:
-            for line in child.stdout or ():
-                lines = [*lines[-60:], line]
-                print(line, end="", flush=True)
-            code = child.wait()
-        except BaseException:
-            _end(child)
-            raise
-    if code:
-        raise RuntimeError(f"pretraining ended with exit code {code}; its last lines:\n" + "".join(lines))
-    return folder
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """End a process and its group: first with the time to save, then at once."""
-    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(child.pid, signal.SIGTERM)
-        try:
-            print(child.communicate(timeout=_GRACE)[0], end="", flush=True)
-        finally:
-            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _gpu_of(local_rank: int, n_gpus: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cadetlib import pretrain, record
+from cadetlib import pretrain, record, run_files, trained
 
 
 def changed(given: Mapping[str, Any], recipe: str) -> dict[str, Any]:
@@ -40,6 +40,6 @@ def obtain(given: Mapping[str, Any], recipes: Sequence[str], train: bool) -> tup
     if train:
         for folder in folders.values() if record.forced() else ():
             record.set_aside(folder)
-        folders = {recipe: pretrain.launch(its) for recipe, its in for_each.items()}
-    files = {recipe: folder / pretrain.ENCODER for recipe, folder in folders.items()}
+        folders = {recipe: trained.launch(its) for recipe, its in for_each.items()}
+    files = {recipe: folder / run_files.ENCODER for recipe, folder in folders.items()}
     return {k: file for k, file in files.items() if file.is_file()}, [k for k, file in files.items() if not file.is_file()]

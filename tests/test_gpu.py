@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from cadetlib import ahead, embed, encoders, mmd, pretrain
+from cadetlib import ahead, embed, encoders, mmd, pretrain, run_files
 from cadetlib.cadet import CADet
 from cadetlib.views import EvalViews, TrainViews
 
@@ -116,11 +116,11 @@ def test_training_learns_and_goes_on(tmp_path: Path, dtype: str) -> None:
     settings = replace(SETTINGS, output=str(tmp_path), dtype=dtype)
     assert pretrain.train(replace(settings, max_steps=20)) == 0
     assert pretrain.train(settings) == 0
-    log = pretrain.read_log(tmp_path / "log.jsonl")
+    log = run_files.read_log(tmp_path / "log.jsonl")
     losses = [line["loss"] for line in log if "loss" in line]
     accuracies = [line["knn_accuracy"] for line in log if "knn_accuracy" in line]
     assert losses[-1] < losses[0] - 0.1
     assert accuracies[-1] > 0.6
-    trained = encoders.load_encoder(tmp_path / pretrain.ENCODER)
+    trained = encoders.load_encoder(tmp_path / run_files.ENCODER)
     features = embed.embed(encoders.placed(trained), images(4)[..., :16, :16])
     assert torch.isfinite(features).all()

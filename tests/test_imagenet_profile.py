@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_report import PROFILE, drawn, folder, root  # noqa: F401 - fixtures
 
-from cadetlib import attack_sets, claims, data, pretrain, record, report, reproduce
+from cadetlib import attack_sets, claims, data, record, report, reproduce, run_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "imagenet-dry-run"
@@ -119,7 +119,7 @@ def test_every_notebook_has_run_and_says_what_it_is(output):
 def test_two_steps_on_two_processes_from_files(output):
     files = {name: FOLDER / file for name, file in results("01")["encoders"].items()}
     for name, file in files.items():
-        steps = [line["step"] for line in pretrain.read_log(file.with_name("log.jsonl")) if "loss" in line]
+        steps = [line["step"] for line in run_files.read_log(file.with_name("log.jsonl")) if "loss" in line]
         assert steps == [1, 2], name
         assert len(json.loads(file.with_name("files.json").read_text())["left_out"]) == 0  # written by streamed runs alone
         assert yaml.safe_load(file.with_name("parameters.yaml").read_text())["processes"] == 2

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import distributed, nn
 from torch import multiprocessing as mp
 
-from cadetlib import losses, pretrain
+from cadetlib import losses, synchronised
 
 CHOICES = [(symmetric, reduction) for symmetric in (False, True) for reduction in ("sum", "mean")]
 
@@ -104,7 +104,7 @@ def one_process(rank, world, folder):
     gradient = torch.ones(2 * world, 3)
     losses.gather(torch.zeros(2, 3, requires_grad=True)).backward(gradient)
     results["gradient"] = gradient
-    model = pretrain.synchronised(network(), torch.device("cpu"))
+    model = synchronised.synchronised(network(), torch.device("cpu"))
     results["trained"] = trained(model, batch().chunk(world)[rank])
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

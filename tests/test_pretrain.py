@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from cadetlib import data, encoders, keep, parameters, pretrain
+from cadetlib import data, encoders, keep, parameters, pretrain, run_files, trained
 from cadetlib.pretrain import Settings
 
 TINY = dict(
@@ -47,7 +47,7 @@ def run_and_exit(parameters, variables, signals):
     signals: (number, step, delay) for a signal that this process gets `delay` seconds after it has logged `step`.
     """
     os.environ.update(variables)
-    write = pretrain._Log.write
+    write = run_files.Log.write
 
     def write_and_signal(log, **values):
         write(log, **values)
@@ -55,7 +55,7 @@ def run_and_exit(parameters, variables, signals):
             if values["step"] == step:
                 threading.Timer(delay, os.kill, (os.getpid(), number)).start()
 
-    pretrain._Log.write = write_and_signal
+    run_files.Log.write = write_and_signal
     sys.exit(pretrain.main(["--params", str(parameters)]))
 
 
@@ -86,7 +86,7 @@ def exit_codes(processes):
 
 
 def steps_logged(folder):
-    return [line["step"] for line in pretrain.read_log(folder / "log.jsonl") if "loss" in line]
+    return [line["step"] for line in run_files.read_log(folder / "log.jsonl") if "loss" in line]
 
 
 def last_checkpoint(folder):
@@ -363,8 +363,8 @@ def mild(tmp_path_factory):
 
 
 def test_snapshots_are_the_encoder_on_its_way(mild):
-    assert list(pretrain.snapshots(mild)) == [1, 2]
-    first, second = (encoders.load_encoder(file).state_dict() for file in pretrain.snapshots(mild).values())
+    assert list(run_files.snapshots(mild)) == [1, 2]
+    first, second = (encoders.load_encoder(file).state_dict() for file in run_files.snapshots(mild).values())
     last = encoders.load_encoder(mild / "encoder.safetensors").state_dict()
     assert all(torch.allclose(last[k].float(), second[k].float(), rtol=1e-3, atol=1e-6) for k in last)
     assert not torch.allclose(first["conv1.weight"], second["conv1.weight"], rtol=1e-3)
@@ -393,26 +393,26 @@ def kept_in(checkout, run):
 
 def test_a_kept_encoder_is_taken_where_none_was_trained(mild, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CADET_ROOT", str(tmp_path))
-    monkeypatch.setattr(pretrain, "launch", lambda *_: "trained")
+    monkeypatch.setattr(trained, "launch", lambda *_: "trained")
     given = MILD | dict(profile="digits")
-    assert pretrain.obtain(given) == "trained"
+    assert trained.obtain(given) == "trained"
     kept = kept_in(tmp_path, mild)
-    folder = pretrain.obtain(given)
+    folder = trained.obtain(given)
     assert folder.name == "contrastive-kept" and "taking the encoder that the project keeps" in capsys.readouterr().out
     half, whole = (encoders.load_encoder(f / "encoder.safetensors").state_dict() for f in (folder, mild))
     assert all(torch.equal(half[k], whole[k].half().float()) for k in half if whole[k].is_floating_point())
-    assert pretrain.read_log(folder / "log.jsonl") == pretrain.read_log(mild / "log.jsonl")
+    assert run_files.read_log(folder / "log.jsonl") == run_files.read_log(mild / "log.jsonl")
 
-    assert pretrain.obtain(given | dict(tau=0.3)) == "trained"
+    assert trained.obtain(given | dict(tau=0.3)) == "trained"
     assert "tau 0.1 (then) and 0.3 (now)" in capsys.readouterr().out
     file = kept / "encoder.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match="does not match its digest"):
-        pretrain.obtain(given)
+        trained.obtain(given)
     shutil.copytree(mild, pretrain.run_folder(pretrain.settings_from(given)))
-    assert pretrain.obtain(given) == "trained"  # the user's own comes first
+    assert trained.obtain(given) == "trained"  # the user's own comes first
 
 
 # --- runs that go wrong --------------------------------------------------------------------------------------------------
@@ -664,15 +664,15 @@ def test_a_kill_in_an_evaluation_costs_no_checkpoint_and_no_evaluation(tmp_path,
     assert pretrain.train(settings(folder, epochs=4)) == 0
 
     def said(of):
-        return [(line["step"], line["knn_accuracy"]) for line in pretrain.read_log(of / "log.jsonl") if "knn_accuracy" in line]
+        return [(line["step"], line["knn_accuracy"]) for line in run_files.read_log(of / "log.jsonl") if "knn_accuracy" in line]
 
     assert said(folder) == said(tmp_path / "whole") and len(said(folder)) == 2
-    first = (folder / pretrain.ENCODER).read_bytes()
-    assert pretrain.train(settings(folder, epochs=4)) == 0 and (folder / pretrain.ENCODER).read_bytes() == first
+    first = (folder / run_files.ENCODER).read_bytes()
+    assert pretrain.train(settings(folder, epochs=4)) == 0 and (folder / run_files.ENCODER).read_bytes() == first
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "_PATIENCE", 1)
-    with pretrain._alone_in(tmp_path), pytest.raises(ValueError, match="found another training at work in it"):
+    monkeypatch.setattr(run_files, "_PATIENCE", 1)
+    with run_files.alone_in(tmp_path), pytest.raises(ValueError, match="found another training at work in it"):
         pretrain.train(settings(tmp_path))
     assert pretrain.train(settings(tmp_path, epochs=1)) == 0

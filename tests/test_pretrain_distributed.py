@@ -16,7 +16,7 @@ import yaml
 from test_pretrain import STALE, TINY, exit_codes, last_checkpoint, run_and_exit, run_folder, settings, steps_logged
 from torch import distributed
 
-from cadetlib import pretrain
+from cadetlib import pretrain, run_files, trained
 from cadetlib.pretrain import Settings
 
 # Plain gradient steps, as large as the gradient is (LARS and AdamW would hide a wrong factor), and small enough for float32:
@@ -33,7 +33,7 @@ _forks.set_forkserver_preload(["cadetlib.pretrain", "timm.optim", "sklearn.datas
 
 
 def losses(folder):
-    return torch.tensor([line["loss"] for line in pretrain.read_log(folder / "log.jsonl") if "loss" in line])
+    return torch.tensor([line["loss"] for line in run_files.read_log(folder / "log.jsonl") if "loss" in line])
 
 
 def assert_near(found, expected):
@@ -117,7 +117,7 @@ def test_processes_share_the_evaluation(tmp_path, monkeypatch):
     changed = SGD | dict(learning_rate=RATES["sum"], knn_every=1, knn_images=30, max_steps=6)
     assert pretrain.train(settings(tmp_path / "one", **changed)) == 0
     assert run_processes(tmp_path, 2, **changed) == [0, 0]
-    one, two = (pretrain.read_log(f / "log.jsonl") for f in (tmp_path / "one", run_folder(tmp_path, **changed)))
+    one, two = (run_files.read_log(f / "log.jsonl") for f in (tmp_path / "one", run_folder(tmp_path, **changed)))
     one, two = ([line["knn_accuracy"] for line in lines if "knn_accuracy" in line] for lines in (one, two))
     assert len(one) == 1 and one == pytest.approx(two, abs=1.5 / 30) and 0 < whole <= 1
 
@@ -188,7 +188,7 @@ def wait_for_step(folder, step, timeout=100):
 
 def launch_and_exit(given, variables):
     os.environ.update(variables)
-    pretrain.launch(given)
+    trained.launch(given)
     sys.exit(0)
 
 
@@ -200,7 +200,7 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     given = TINY | SGD | dict(learning_rate=RATES["sum"], output=str(tmp_path), processes=2, max_steps=0, epochs=10**5)
 
     with contextlib.redirect_stdout(InterruptedAt("step 1 ")) as printed, pytest.raises(KeyboardInterrupt):
-        pretrain.launch(given)
+        trained.launch(given)
     assert ended(descendants(), timeout=0)
     (folder,) = (tmp_path / "pretraining").iterdir()
     assert "asked to stop: saved at step" in printed.getvalue()
@@ -216,7 +216,7 @@ def test_launch_ends_what_it_started(alone, tmp_path, monkeypatch):
     assert ended(left, timeout=60)
 
     end = last_checkpoint(folder)["step"] + 8
-    assert pretrain.launch(given | dict(processes=1, max_steps=end)) == folder
+    assert trained.launch(given | dict(processes=1, max_steps=end)) == folder
     assert steps_logged(folder) == list(range(1, end + 1))
     torch.testing.assert_close(losses(folder)[:7], losses(alone)[:7], rtol=0, atol=CURVE)  # later ones differ in learning rate
 
@@ -229,13 +229,13 @@ def test_launch_goes_on_only_with_equal_settings(monkeypatch, tmp_path):
 
     def folder(*arguments, **changed):
         with pytest.raises(NotStarted) as refused:
-            pretrain.launch(TINY | dict(output=str(tmp_path)) | changed, *arguments)
+            trained.launch(TINY | dict(output=str(tmp_path)) | changed, *arguments)
         return refused.value.args[0]
 
     def popen(command, **_):
         raise NotStarted(command[command.index("--output") + 1])
 
-    monkeypatch.setattr(pretrain.subprocess, "Popen", popen)
+    monkeypatch.setattr(trained.subprocess, "Popen", popen)
     assert folder() == folder(log_every=7, max_steps=3, processes=4, supervised_epochs=9)
     assert len({folder(), folder(tau=0.2), folder(seed=4), folder("supervised"), folder("supervised", supervised_epochs=9)}) == 5
 
@@ -249,10 +249,10 @@ def test_no_more_processes_than_gpus(monkeypatch, tmp_path, capsys):
         raise InterruptedError
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(pretrain.subprocess, "Popen", popen)
+    monkeypatch.setattr(trained.subprocess, "Popen", popen)
     for asked in (8, 1):
         with pytest.raises(InterruptedError):
-            pretrain.launch(TINY | dict(output=str(tmp_path), processes=asked))
+            trained.launch(TINY | dict(output=str(tmp_path), processes=asked))
     assert commands[0][commands[0].index("--nproc-per-node") + 1] == "2" and "--nproc-per-node" not in commands[1]
     assert "found 2 GPUs for 8 processes; going on with 2" in capsys.readouterr().out
     with pytest.raises(ValueError, match="found process 3 of this machine and 2 GPUs, expected a GPU for each process"):
@@ -261,4 +261,4 @@ def test_no_more_processes_than_gpus(monkeypatch, tmp_path, capsys):
 
 def test_launch_says_what_went_wrong(tmp_path):
     with pytest.raises(RuntimeError, match=r"exit code 1; its last lines:\n(.*\n)*.*batch_size: found 1000 with 797 images"):
-        pretrain.launch(TINY | dict(batch_size=1000, output=str(tmp_path)))
+        trained.launch(TINY | dict(batch_size=1000, output=str(tmp_path)))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from cadetlib import encoders, experiments, pretrain
+from cadetlib import encoders, experiments, pretrain, run_files, trained
 
 GIVEN = dict(profile="tiny", data="digits-train", arch="resnet18", width=64, stem="imagenet", image_size=32, epochs=800)
 N_CLASSES = 10
@@ -45,16 +45,16 @@ def test_a_checkpoint_below_the_data_root_takes_the_place_of_a_training(place, n
     """MoCo's names; what notebook 01 and those after it ask of a run's folder."""
     weights = {f"module.encoder_q.{k}": v for k, v in without_head(network).items()}
     torch.save({"state_dict": weights, "epoch": 200}, place / "data" / "weights" / "moco.pth.tar")
-    monkeypatch.setattr(pretrain, "launch", None)  # nothing is trained
-    folder = pretrain.obtain(GIVEN | dict(output=str(place / "out"), pretrained="weights/moco.pth.tar"))
+    monkeypatch.setattr(trained, "launch", None)  # nothing is trained
+    folder = trained.obtain(GIVEN | dict(output=str(place / "out"), pretrained="weights/moco.pth.tar"))
     assert folder.parent == place / "out" / "pretraining"
     (encoder,) = experiments.load_encoders(place, {"contrastive": folder / "encoder.safetensors"}).values()
     images = torch.rand(3, 3, 32, 32)
     network.fc = nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(encoder.cpu()(images), logits(network, images), rtol=1e-4, atol=1e-5)
-    assert pretrain.origin(folder) == "moco.pth.tar, trained by others"
-    assert [line["epoch"] for line in pretrain.read_log(folder / "log.jsonl")] == [800] and pretrain.snapshots(folder) == {}
+    assert trained.origin(folder) == "moco.pth.tar, trained by others"
+    assert [line["epoch"] for line in run_files.read_log(folder / "log.jsonl")] == [800] and run_files.snapshots(folder) == {}
     assert str(place) not in (folder / "log.jsonl").read_text()
 
 
@@ -66,14 +66,14 @@ def test_torchvisions_classifier_comes_with_its_head(place, network, monkeypatch
     given = GIVEN | dict(output=str(place), supervised_pretrained="torchvision:resnet18")
     taken_apart = []
     monkeypatch.setattr(encoders, "_drop_classifier", lambda net: taken_apart.append(net) or setattr(net, "fc", nn.Identity()))
-    head_of = pretrain._head_of
-    monkeypatch.setattr(pretrain, "_head_of", lambda *about: setattr(backbone, "fc", before) or head_of(*about))
-    folder = pretrain.obtain(given, "supervised")
+    head_of = trained._head_of
+    monkeypatch.setattr(trained, "_head_of", lambda *about: setattr(backbone, "fc", before) or head_of(*about))
+    folder = trained.obtain(given, "supervised")
     victim = experiments.load_victim(place, {"supervised": folder / "encoder.safetensors"}).cpu()
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(victim(images), logits(network, images), rtol=1e-4, atol=1e-4)
-    assert taken_apart and pretrain.origin(folder) == "torchvision:resnet18, trained by others"
+    assert taken_apart and trained.origin(folder) == "torchvision:resnet18, trained by others"
 
 
 def test_the_own_format_and_the_wrong_classifier(place, network):
@@ -83,30 +83,30 @@ def test_the_own_format_and_the_wrong_classifier(place, network):
     encoders.save_encoder(encoder, odd, head=nn.Linear(32, 1000))
     encoders.save_encoder(encoder, bare)
     given = GIVEN | dict(output=str(place))
-    folder = pretrain.obtain(given | dict(supervised_pretrained=str(file)), "supervised")
+    folder = trained.obtain(given | dict(supervised_pretrained=str(file)), "supervised")
     assert encoders.fingerprint(encoders.load_encoder(folder / "encoder.safetensors")) == encoders.fingerprint(encoder)
     for name, problem in ((odd, "classifier of 1000 classes and 10 in digits-train"), (bare, "without a linear classifier")):
         with pytest.raises(ValueError, match=f"supervised_pretrained: found .*{problem}"):
-            pretrain.obtain(given | dict(supervised_pretrained=str(name)), "supervised")
+            trained.obtain(given | dict(supervised_pretrained=str(name)), "supervised")
     torch.save(network.state_dict(), place / "data" / "weights" / "plain.pth")
     with pytest.raises(ValueError, match="without a linear classifier, expected 'torchvision:NAME'"):
-        pretrain.obtain(given | dict(supervised_pretrained="weights/plain.pth"), "supervised")
+        trained.obtain(given | dict(supervised_pretrained="weights/plain.pth"), "supervised")
 
 
 def test_a_network_that_only_has_the_names_of_a_resnet_is_refused(network):
     """Its weights fit, but it computes something else: here without the last ReLU."""
     network.fc = nn.Identity()
     twin = encoders._Backbone(network, 32, encoders.IMAGENET_MEAN, encoders.IMAGENET_STD, "timm:twin").eval()
-    assert isinstance(pretrain._as_resnet(twin, "timm:twin"), encoders.ResNet)
+    assert isinstance(trained._as_resnet(twin, "timm:twin"), encoders.ResNet)
     network.layer4[1].relu = nn.GELU()
     with pytest.raises(ValueError, match="timm:twin: found a network that "):
-        pretrain._as_resnet(twin, "timm:twin")
+        trained._as_resnet(twin, "timm:twin")
 
 
 def test_what_is_not_there_is_said_with_the_step_that_gets_it(place, monkeypatch):
     given = GIVEN | dict(output=str(place), pretrained="weights/simclr.torch", supervised_pretrained="torchvision:resnet18")
     with pytest.raises(FileNotFoundError, match=r"pretrained: found no file .*data/weights/simclr\.torch .*vissl/model_zoo"):
-        pretrain.obtain(given)
+        trained.obtain(given)
 
     def offline(*_, **__):
         raise URLError("no route")
@@ -116,8 +116,8 @@ def test_what_is_not_there_is_said_with_the_step_that_gets_it(place, monkeypatch
     with pytest.raises(
         FileNotFoundError, match=r"resnet18: found no weights here.*no route.*cadetlib\.backbones torchvision:resnet18"
     ):
-        pretrain.obtain(given, "supervised")
-    assert [line.split(":")[0] for line in pretrain.missing_weights(given)] == ["pretrained"]
+        trained.obtain(given, "supervised")
+    assert [line.split(":")[0] for line in trained.missing_weights(given)] == ["pretrained"]
 
 
 def test_both_are_no_settings_of_a_training():
