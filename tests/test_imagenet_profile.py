@@ -37,7 +37,8 @@ SIZES = {
     | {"pgd_n_steps", "cw_l2_n_steps", "cw_l2_ball_n_steps", "cw_linf_n_steps", "hu_cap_targeted", "hu_cap_untargeted"}
     | {"n_principal"},
     "05": {"reference_sizes", "crop_n_views", "study_n_images", "study_n_reference", "study_n_calibration", "study_n_views"}
-    | {"study_strengths", "own_crop_scales", "own_n_views", "n_training", "precision_n_images"},
+    | {"study_strengths", "own_crop_scales", "own_n_views", "n_training", "precision_n_images"}
+    | {"crop_scales", "study_crop_scales"},
     "06": {"n_other"},
     "07": {"image_size", "n_views"},
 }
