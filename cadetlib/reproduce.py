@@ -35,7 +35,7 @@ from typing import Any
 
 import psutil
 
-from cadetlib import parameters, processes, record, trained
+from cadetlib import parameters, processes, record
 
 PACKAGE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -228,7 +228,7 @@ def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
     others += [name for name in victims if name.startswith("cifar:")]  # the others are of notebook 01
     if not (taken or others):
         return []
-    from cadetlib import backbones
+    from cadetlib import backbones, trained
 
     others += [name for given in taken for name in trained.public_weights(given)]
     return [line for given in taken for line in trained.missing_weights(given)] + backbones.missing(others)
