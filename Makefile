@@ -32,7 +32,7 @@ reproduce: $(STAMP)
 # One thread a worker: two workers with two threads each would wait for one another on two cores. A file is one worker's, and so
 # is a notebook. The notebooks read what the test of the profile digits, which is among the first, has left.
 test: $(STAMP)
-	$(BIN)/ruff check cadetlib tests benchmarks
+	$(BIN)/ruff check cadetlib tests benchmarks notebooks
 	$(BIN)/ruff format --check cadetlib tests benchmarks
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --doctest-modules --nbval-lax \
