@@ -227,9 +227,9 @@ class AtLayer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         e = self.encoder
-        x = e.maxpool(e.relu(e.bn1(e.conv1(e.normalize(images)))))  # type: ignore[operator]
+        x = e.maxpool(e.relu(e.bn1(e.conv1(e.normalize(images)))))
         for stage in (e.layer1, e.layer2, e.layer3, e.layer4)[: self.n_stages]:
-            x = stage(x)  # type: ignore[operator]
+            x = stage(x)
         return x.mean(dim=(2, 3))
 
 

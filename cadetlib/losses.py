@@ -20,13 +20,13 @@ class _Gather(torch.autograd.Function):
     """All processes' rows, in rank order; backward sums what every process says of this one's rows."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, z: Tensor) -> Tensor:
         parts = [torch.empty_like(z) for _ in range(distributed.get_world_size())]
         distributed.all_gather(parts, z.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()  # it may be the caller's own
         distributed.all_reduce(gradient)
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
