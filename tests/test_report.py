@@ -59,7 +59,7 @@ def made_up(unseen="circles", file="a.png", reason="looked in /home/somebody/dat
     n = 12
     return {
         "00_setup": dict(sets=[], missing={}),
-        "01_pretraining": dict(qualities={name: quality for name in ENCODERS}, logs={name: [] for name in ENCODERS}),
+        "01_pretraining": dict(qualities=dict.fromkeys(ENCODERS, quality), logs={name: [] for name in ENCODERS}),
         "02_cifar10_vs_cifar10_1": dict(
             rows=[
                 dict(test=test, encoder=encoder, shift=shift, n=size) | interval(rng, "rate")
