@@ -50,9 +50,9 @@ def run_here(task: str, arguments: Sequence[Any]) -> Measured:
 
 def score_command(chunk: int, *arguments: str) -> tuple[float, float]:
     """`python -m cadetlib.score ...` in this process, `chunk` images at a time -> the memory and the time at its beginning."""
-    from cadetlib import score
+    from cadetlib import chunks, score
 
-    score._CHUNK = chunk  # so that also the smaller folder is many chunks
+    chunks._CHUNK = chunk  # so that also the smaller folder is many chunks
     before, began = peak_mib(), time.perf_counter()
     code = score.main(arguments)
     if code:
