@@ -190,15 +190,22 @@ def rows_of(
     return rows
 
 
-def timed(score: Callable[[Tensor], Any], sets: Mapping[str, Tensor]) -> tuple[dict[str, Any], float]:
+def timed(
+    score: Callable[[Tensor], Any], sets: Mapping[str, Tensor], say: Callable[[str], None] = lambda _: None
+) -> tuple[dict[str, Any], float]:
     """What a system says of the images of each set, and the seconds that an image took it.
+
+    say: is told before each set how many images of which it is.
 
     >>> scores, seconds = timed(lambda images: images.mean(dim=(1, 2, 3)), {"noise": torch.rand(8, 3, 4, 4)})
     >>> scores["noise"].shape, seconds > 0
     (torch.Size([8]), True)
     """
     began = time.perf_counter()
-    found = {name: score(images) for name, images in sets.items()}
+    found = {}
+    for name, images in sets.items():
+        say(f"{len(images)} images of {name}")
+        found[name] = score(images)
     return found, (time.perf_counter() - began) / sum(map(len, sets.values()))
 
 
@@ -338,9 +345,12 @@ def hu_rows(
     measured = hu.criteria(classifier, calibration, **untuned.settings())
     untuned.fit_criteria(classifier, measured)
     calibrated.fit_criteria(classifier, measured)
-    asked = ", ".join(f"{len(images)} of {name}" for name, images in field.tested.items())
-    say(f"Hu, {encoder} encoder: walks of images, {asked}")
-    found, seconds = timed(lambda images: hu.criteria(classifier, images, **untuned.settings()), field.tested)
+
+    def walks(system: str, detector: hu.Hu, sets: Mapping[str, Tensor]) -> tuple[dict[str, hu.Criteria], float]:
+        told = f"{system}, {encoder} encoder: walks of "
+        return timed(lambda images: hu.criteria(classifier, images, **detector.settings()), sets, lambda of: say(told + of))
+
+    found, seconds = walks("Hu", untuned, field.tested)
     about = dict(seconds=seconds, forwards=_passes(untuned, found))
     rows = []
     for system, detector in (("Hu", untuned), ("HuSelfCalibrated", calibrated)):
@@ -349,7 +359,7 @@ def hu_rows(
     say(f"Hu, {encoder} encoder: tuning on {len(tuning[1])} attacked images")
     tuned = hu.tune_hu(classifier, *tuning, **settings)
     tested = {name: images for name, images in field.tested.items() if name in field.attacked}
-    found, seconds = timed(lambda images: hu.criteria(classifier, images, **tuned.settings()), tested)
+    found, seconds = walks("Hu tuned", tuned, tested)
     scores = {name: field.of_tested(name, tuned.score_criteria(criteria)) for name, criteria in found.items()}
     chosen = {key: getattr(tuned, key) for key in hu.GRID}
     about = dict(seconds=seconds, forwards=_passes(tuned, found))

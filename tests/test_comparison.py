@@ -202,7 +202,9 @@ def test_hu_walks_cost_at_most_what_is_told(monkeypatch):
         "steps_to_leave",
         lambda c, x, targeted, lr, r, cap, *rest: passes.append(len(x) * cap) or steps(c, x, targeted, lr, r, cap, *rest),
     )
-    comparison.hu_rows("contrastive", small, known, (images[:6], images[6:12]), {}, HU, say=lambda _: None)
+    said = []
+    comparison.hu_rows("contrastive", small, known, (images[:6], images[6:12]), {}, HU, say=said.append)
+    assert "Hu, contrastive encoder: walks of 8 images of PGD" in said and "Hu tuned" in said[-1], "hours without a word"
     given = dict(n_hu=8, n_tuning=6, attacks=["pgd"], hu_cap_targeted=3, hu_cap_untargeted=3)
     assert sum(passes) == costs.hu_steps(given, n_held_out=40)
 
