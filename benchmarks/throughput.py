@@ -10,9 +10,9 @@ some convolutions need fewer products than are counted. `python -m cadetlib.cost
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadetlib import ahead, attacks, costs, embed, encoders, mmd, pretrain, record
+from cadetlib import ahead, attacks, costs, data, embed, encoders, mmd, pretrain, record
 from cadetlib.cadet import CADet
-from cadetlib.views import TrainViews
 
 Row = dict[str, Any]
 N_VIEWS, PGD_STEPS = 50, 3
@@ -90,23 +89,32 @@ class Work(NamedTuple):
     flops: float
 
 
+def endless_batches(settings: pretrain.Settings, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `pretrain` learns from step by step, of random images held on the device."""
+    n, side = settings.batch_size * 8, settings.image_size
+    images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, device=device)
+    random = data.ImageSet("random", images, torch.zeros(n, dtype=torch.int64))
+    return ahead.made_ahead(pretrain.batches(random, settings, device, 0, sys.maxsize), device)
+
+
 def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
     """For each of costs.KINDS, its work."""
     batch = scale.batch if device.type == "cuda" else scale.batch_on_cpu
     settings = replace(scale.settings, dtype=dtype, batch_size=batch)
     model = pretrain.make_model(settings, 1).to(device, memory_format=torch.channels_last).train()
     optimizer = pretrain.make_optimizer(model, settings)
-    low, high = settings.crop_scale
-    strength, side = settings.jitter_strength, settings.image_size
-    views = TrainViews(side, (low, high), settings.flip, settings.jitter, strength, settings.greyscale, settings.blur)
+    side, n_steps = settings.image_size, 2 * pretrain.steps_at_once(settings, device)
     images, keys = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device)
-    made = ((pretrain.training_views(views, images, keys, 0, settings), keys) for _ in itertools.count())
-    batches = ahead.made_ahead(made, device)
+    made = endless_batches(settings, device)
+
+    def train_a_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        pretrain.training_loss(model, *next(made), settings)[0].backward()
+        optimizer.step()
 
     def train() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        pretrain.training_loss(model, *next(batches), settings)[0].backward()
-        optimizer.step()
+        for _ in range(n_steps):
+            train_a_step()
 
     encoder = (
         encoders.placed(encoders.ResNet(settings.arch, settings.width, settings.stem, side), device).eval().requires_grad_(False)
@@ -127,7 +135,7 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
         encoder(images[:2].clone().requires_grad_()).sum().backward()
 
     return {
-        "trained": Work(train, 2 * batch, batch, flops(train) / (2 * batch)),
+        "trained": Work(train, 2 * batch * n_steps, batch * n_steps, flops(train_a_step) / (2 * batch)),
         "forward": Work(lambda: detector.score_samples(few), N_VIEWS * len(few), len(few), flops(to_features) / 2),
         "attacked": Work(attack, PGD_STEPS * batch, batch, flops(to_pixels) / 2),
     }

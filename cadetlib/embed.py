@@ -24,7 +24,7 @@ from cadetlib.views import EvalViews, resize_to
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"  # bfloat16 where the device multiplies it, else float32
 _FORMAT = "cadetlib.view_sums"
-_GPU_PIXELS = 2**23  # of one forward pass
+GPU_PIXELS = 2**23  # of images that a GPU is asked to work on together
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -108,14 +108,14 @@ def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "
 
 
 def views_at_once(image_size: int, device: torch.device) -> int:
-    """How many views go through an encoder together unless one is told: 1024, on a GPU up to `_GPU_PIXELS` where they are small.
+    """How many views go through an encoder together unless one is told: 1024, on a GPU up to `GPU_PIXELS` where they are small.
 
     There a batch of small views is computed faster than it is asked for; a CPU is given pieces in any case (`encoders.encode`).
 
     >>> views_at_once(224, torch.device("cuda")), views_at_once(32, torch.device("cuda")), views_at_once(32, torch.device("cpu"))
     (1024, 8192, 1024)
     """
-    return max(1024, _GPU_PIXELS // image_size**2) if device.type == "cuda" else 1024
+    return max(1024, GPU_PIXELS // image_size**2) if device.type == "cuda" else 1024
 
 
 def _moved(batch: Tensor, device: torch.device) -> Tensor:

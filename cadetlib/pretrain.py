@@ -13,6 +13,7 @@ processes have saved).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -294,6 +295,24 @@ def _n_views(settings: Settings) -> int:
     return 2 if settings.objective == "contrastive" else 1
 
 
+def train_views(settings: Settings) -> TrainViews:
+    """The transformations that a run's settings ask for.
+
+    >>> train_views(Settings(blur=0.0)) == TrainViews(224, blur=0.0)
+    True
+    """
+    return TrainViews(
+        settings.image_size,
+        (settings.crop_scale[0], settings.crop_scale[1]),
+        settings.flip,
+        settings.jitter,
+        settings.jitter_strength,
+        settings.greyscale,
+        settings.blur,
+        settings.seed,
+    )
+
+
 def training_views(views: TrainViews, x: Tensor, keys: Tensor, epoch: int, settings: Settings) -> Tensor:
     """The views of one batch (V b, 3, S, S), the first of all images, then the second. x: (b, 3, S, S) float, keys: (b,) numbers.
 
@@ -420,7 +439,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
     run.resume()
     report = _Report(run)
     end = min(run.last_step, settings.max_steps or run.last_step)
-    batches = ahead.made_ahead(_batches(images, _train_views(settings), settings, device, run.step, end), device)
+    made = ahead.made_ahead(batches(images, settings, device, run.step, end), device)
 
     def evaluates() -> bool:
         if held_out is None or not run.at_end_of_epoch:
@@ -435,7 +454,7 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
         evaluate()  # the run ended after this step's checkpoint and before its evaluation
     run.model.train()
     while run.step < end:
-        report.add(*run.learn(*next(batches)))
+        report.add(*run.learn(*next(made)))
         if run.step % settings.log_every == 0 or run.step == end:
             report.line()
         if run.at_end_of_epoch and run.epochs_done in settings.snapshots:
@@ -458,19 +477,6 @@ def _train(settings: Settings, device: torch.device, stop: _Stop) -> int:
 
 def _n_processes() -> int:
     return distributed.get_world_size() if losses.is_distributed() else 1
-
-
-def _train_views(settings: Settings) -> TrainViews:
-    return TrainViews(
-        settings.image_size,
-        (settings.crop_scale[0], settings.crop_scale[1]),
-        settings.flip,
-        settings.jitter,
-        settings.jitter_strength,
-        settings.greyscale,
-        settings.blur,
-        settings.seed,
-    )
 
 
 class _Run:
@@ -620,13 +626,47 @@ def made_by_also_here(earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return earlier if earlier and earlier[-1] == here else [*earlier, here]
 
 
-def _batches(
-    images: data.ImageSet, views: TrainViews, settings: Settings, device: torch.device, first: int, last: int
+def steps_at_once(settings: Settings, device: torch.device) -> int:
+    """For how many steps the views are made together: for one; on a GPU for several, where they are small.
+
+    A call of TrainViews asks for some 300 operations, however many views it makes: one step's leave a GPU with little to do.
+
+    >>> [steps_at_once(Settings(image_size=side, batch_size=512), torch.device("cuda")) for side in (32, 96, 224)]
+    [8, 1, 1]
+    >>> steps_at_once(Settings(image_size=32), torch.device("cpu"))
+    1
+    """
+    pixels = _n_views(settings) * (settings.batch_size // _n_processes()) * settings.image_size**2
+    return max(1, embed.GPU_PIXELS // pixels) if device.type == "cuda" else 1
+
+
+def batches(
+    images: data.ImageSet, settings: Settings, device: torch.device, first: int, last: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What each step first .. last - 1 learns from on this process: views and labels."""
-    per_epoch = len(images) // settings.batch_size
-    for step, (x, y, keys) in enumerate(_shares(images, views, settings, device, first, last), first):
-        yield training_views(views, x, keys, step // per_epoch, settings), y
+    """What each step first .. last - 1 learns from on this process: views (V b, 3, S, S) and labels (b,).
+
+    >>> tiny = Settings(image_size=8, batch_size=4)
+    >>> [views.shape for views, _ in batches(data.load("digits").resized(8), tiny, torch.device("cpu"), first=0, last=2)]
+    [torch.Size([8, 3, 8, 8]), torch.Size([8, 3, 8, 8])]
+    """
+    views, at_once, per_epoch = train_views(settings), steps_at_once(settings, device), len(images) // settings.batch_size
+    shares = _shares(images, views, settings, device, first, last)
+    while first < last:
+        epoch, position = divmod(first, per_epoch)
+        n_steps = min(at_once, per_epoch - position, last - first)  # all of one epoch, whose number its views have
+        x, y, keys = zip(*itertools.islice(shares, n_steps), strict=True)
+        made = _of_each_step(training_views(views, torch.cat(x), torch.cat(keys), epoch, settings), n_steps, settings)
+        for labels in y:
+            yield made.pop(0), labels  # which then nobody but the step holds
+        first += n_steps
+
+
+def _of_each_step(made: Tensor, n_steps: int, settings: Settings) -> list[Tensor]:
+    """The views of several steps (V n b, 3, S, S), the first of all images before the second -> (V b, 3, S, S) of each."""
+    if n_steps == 1:
+        return [made]
+    parts = made.chunk(_n_views(settings) * n_steps)
+    return [torch.cat(parts[i::n_steps]) for i in range(n_steps)]
 
 
 def _shares(

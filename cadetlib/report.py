@@ -185,7 +185,7 @@ def suggested_profile(n_gpus: int, missing: Collection[str]) -> str:
 def minutes_of_profiles() -> dict[str, str]:
     """For each profile of params/: how long notebooks 00 to 07 took when its kept results were made, and on what machine.
 
-    From the provenance under outputs/reference/; "not run yet" where nothing, or not everything, is kept.
+    From the provenance under outputs/reference/; which notebooks were run where not all are kept.
 
     >>> minutes_of_profiles()["imagenet-dry-run"]
     'not run yet'
@@ -200,8 +200,9 @@ def _of_a_dry_run(loaded: Mapping[str, record.Loaded]) -> bool:
 
 
 def _minutes_kept(kept: Path) -> str:
-    if not all((kept / f"{name}.json").exists() for name in NOTEBOOKS):
-        return "not run yet"
+    there = [name for name in NOTEBOOKS if (kept / f"{name}.json").exists()]
+    if len(there) < len(NOTEBOOKS):
+        return f"run in part: {', '.join(name[:2] for name in there)}" if there else "not run yet"
     loaded = [record.result(kept / f"{name}.json") for name in NOTEBOOKS]
     minutes = _minutes(loaded)
     pretraining = " without pretraining" if _encoder_was_kept(loaded[1].results) else ""

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from cadetlib import ahead, embed, encoders, mmd, pretrain, run_files
+from cadetlib import ahead, data, embed, encoders, mmd, pretrain, run_files
 from cadetlib.cadet import CADet
 from cadetlib.views import EvalViews, TrainViews
 
@@ -44,6 +44,16 @@ def test_training_views_are_the_cpus(make: TrainViews) -> None:
     here, there = make(x, keys, 3), make(x.cuda(), keys.cuda(), 3).cpu()
     assert (here - there).abs().max() < 1e-4
     assert (here != x).any()
+
+
+def test_batches_of_several_steps_at_once_are_the_cpus() -> None:
+    settings = replace(SETTINGS, image_size=32)
+    assert pretrain.steps_at_once(settings, torch.device("cuda")) > 6
+    of = data.ImageSet("smooth", images(400), torch.arange(400))
+    here, there = (list(pretrain.batches(of, settings, torch.device(kind), first=2, last=14)) for kind in ("cpu", "cuda"))
+    for (views, labels), (other, others) in zip(here, there, strict=True):
+        assert (views - other.cpu()).abs().max() < 1e-4
+        assert torch.equal(labels, others.cpu())
 
 
 def test_views_of_bytes_are_the_cpus() -> None:
