@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cadetlib import cadet, data, embed
+from cadetlib import cadet, embed, image_files
 from cadetlib.cadet import CADet
-from cadetlib.data import files_below, is_image
 
 _CHUNK = 256  # images held at a time, about
 
@@ -51,14 +50,14 @@ def listing(folder: str | Path) -> Listing:
     (2, Counter({'.txt': 1}))
     """
     n_images, others, digest = 0, Counter[str](), hashlib.sha256()
-    for path in files_below(folder):
-        if is_image(path):
+    for path in image_files.files_below(folder):
+        if image_files.is_image(path):
             n_images += 1
             digest.update(os.fsencode(path) + b"\0")
         else:
             others[os.path.splitext(path)[1].lower() or os.path.basename(path)] += 1
     if not n_images:
-        raise FileNotFoundError(f"found no image below {folder}, expected files ending in {data.KINDS}")
+        raise FileNotFoundError(f"found no image below {folder}, expected files ending in {image_files.KINDS}")
     return Listing(n_images, others, digest.hexdigest())
 
 
@@ -85,7 +84,7 @@ def decode(folder: str | Path, path: str, size: int) -> Decoded:
     (True, 'found no readable image')
     """
     try:
-        return Decoded(path, data.read_image(Path(folder, path), size))
+        return Decoded(path, image_files.read_image(Path(folder, path), size))
     except Exception as error:  # decoders raise anything, from struct.error to DecompressionBombError
         reason = str(error).replace(f"{Path(folder, path)}: ", "").replace(f"{folder}{os.sep}", "")
         return Decoded(path, None, reason or type(error).__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from cadetlib import data, processes
+from cadetlib import image_files, processes
 from cadetlib.score_table import Summary
 
 _PAGE = """<!doctype html>
@@ -34,7 +34,7 @@ def _thumbnail(file: Path, side: int = 176) -> tuple[str, int]:
     """An image as the detector saw it, upright and cropped, as a data URI -> with its side, at most `side` pixels."""
     with Image.open(file) as opened:
         side = min(side, *opened.size)
-    pixels = data.read_image(file, side).permute(1, 2, 0).numpy()
+    pixels = image_files.read_image(file, side).permute(1, 2, 0).numpy()
     buffer, kind = io.BytesIO(), "png" if side <= 64 else "jpeg"
     Image.fromarray(pixels).save(buffer, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", side

@@ -6,14 +6,12 @@ number, where there is one, as a hollow marker or a dashed line.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import itertools
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import seaborn as sns
@@ -22,9 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from PIL import Image
-
-from cadetlib import thresholds
 
 Row = Mapping[str, Any]
 Thing = TypeVar("Thing")
@@ -33,7 +28,7 @@ COLOURS = (  # Okabe and Ito's, then Tol's muted ones: told apart by readers who
     "#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#661100", "#117733", "#88CCEE",
 )  # fmt: skip
 GREY = "#6B6B6B"
-_STYLE: Any = {
+STYLE: Any = {
     "figure.dpi": 110,
     "font.size": 10,
     "axes.titlesize": 11,
@@ -45,14 +40,18 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+def new_figure(panels: int = 1, width: float = 5.4, height: float = 3.6, **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of `panels` in the project's style, laid out when the block ends and not shown.
 
     Up to four stand side by side; more in rows of three, so that their words stay readable on a page.
+
+    >>> with new_figure(panels=5) as (figure, axes):
+    ...     len(axes)
+    5
     """
     columns = panels if panels <= 4 else 3
     rows = -(-panels // columns)
-    with sns.axes_style("ticks"), plt.rc_context(_STYLE):
+    with sns.axes_style("ticks"), plt.rc_context(STYLE):
         size = (width * columns, height * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
         for spare in axes.flat[panels:]:
@@ -124,7 +123,7 @@ def training(logs: Mapping[str, Sequence[Row]]) -> Figure:
     >>> [axes.get_ylabel() for axes in training({"contrastive": log}).axes]
     ['loss (nats)', 'learning rate', 'images per second', 'accuracy']
     """
-    with _figure(4, 3.8, 3.2) as (figure, (loss, rate, speed, knn)):
+    with new_figure(4, 3.8, 3.2) as (figure, (loss, rate, speed, knn)):
         for (name, lines), colour in _coloured(logs.items()):
             steps, accuracy = ([line for line in lines if key in line] for key in ("loss", "knn_accuracy"))
             epochs = [line["epoch"] for line in steps]
@@ -150,7 +149,7 @@ def rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     rows = [row for row in rows if row["test"] in ("MMD", "MMD-CC")]
     shifts = list(dict.fromkeys(row["shift"] for row in rows))
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
-    with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
+    with new_figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
         for axes, shift in zip(panels, shifts, strict=True):
             ends = []
             for encoder, colour in _coloured(encoders):
@@ -173,13 +172,13 @@ def trained_rejection_rates(rows: Sequence[Row], alpha: float = 0.05) -> Figure:
     """
     trained = [row for row in rows if row["encoder"] == "none"]
     if not trained:
-        with _figure(1, 5.4, 0.6) as (figure, (axes,)):
+        with new_figure(1, 5.4, 0.6) as (figure, (axes,)):
             axes.set_axis_off()
             axes.text(0.5, 0.5, "no test that learns was asked for (trained_tests)", ha="center", va="center")
             return figure
     shifts, sizes = list(dict.fromkeys(row["shift"] for row in trained)), {row["n"] for row in trained}
     beside = [row for row in rows if row["encoder"] == "contrastive" and row["n"] in sizes and row["shift"] in shifts]
-    with _figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
+    with new_figure(len(shifts), 4.6, 3.4, sharey=True) as (figure, panels):
         for axes, shift in zip(panels, shifts, strict=True):
             ends = []
             for k, (test, colour) in enumerate(_coloured(dict.fromkeys(row["test"] for row in trained), first=1)):
@@ -224,7 +223,7 @@ def p_value_roc(rows: Sequence[Row], test: str = "MMD-CC") -> Figure:
     >>> p_value_roc([row]).axes[0].get_xlabel()
     'threshold on the p-value'
     """
-    with _figure(1, 5.2, 3.8) as (figure, (axes,)):
+    with new_figure(1, 5.2, 3.8) as (figure, (axes,)):
         chosen = sorted((r for r in rows if r["test"] == test), key=lambda r: r["n"])
         ends = []
         for row, colour in _coloured(chosen):
@@ -248,7 +247,7 @@ def small_samples(rows: Sequence[Row]) -> Figure:
     """
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
-    with _figure(len(anomalies), 4.4, 3.4, sharey=True) as (figure, panels):
+    with new_figure(len(anomalies), 4.4, 3.4, sharey=True) as (figure, panels):
         for axes, anomaly in zip(panels, anomalies, strict=True):
             ends = []
             for encoder, colour in _coloured(encoders):
@@ -274,7 +273,7 @@ def detection(rows: Sequence[Row]) -> Figure:
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     systems = list(dict.fromkeys((row["detector"], row["encoder"]) for row in rows))
     groups = {f"{d}, {e}": [r for r in rows if (r["detector"], r["encoder"]) == (d, e)] for d, e in systems}
-    with _figure(1, 7.2, 0.9 + 0.24 * len(anomalies) * max(2, len(systems))) as (figure, (axes,)):
+    with new_figure(1, 7.2, 0.9 + 0.24 * len(anomalies) * max(2, len(systems))) as (figure, (axes,)):
         _dots(axes, anomalies, groups, "o" * len(groups), height=0.8, numbers=True)
         axes.set(xlabel="AUROC (mean over splits, 95 % interval)")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
@@ -313,7 +312,7 @@ def comparison(rows: Sequence[Row]) -> Figure:
     mean = {s: np.mean([auroc[s, a] for a in anomalies if (s, a) in auroc]) for s in systems}
     systems.sort(key=lambda s: -mean[s])
     grid = np.array([[auroc.get((s, a), np.nan) for a in anomalies] for s in systems])
-    with _figure(1, 3.4 + 0.95 * len(anomalies), 1.0 + 0.26 * len(systems)) as (figure, (axes,)):
+    with new_figure(1, 3.4 + 0.95 * len(anomalies), 1.0 + 0.26 * len(systems)) as (figure, (axes,)):
         names = [f"{detector}, {encoder}" for detector, encoder in systems]
         sns.heatmap(
             grid, vmin=0, vmax=100, center=50, cmap="vlag", annot=True, fmt=".0f", annot_kws={"fontsize": 8}, ax=axes,
@@ -335,7 +334,7 @@ def roc_curves(curves: Sequence[Row]) -> Figure:
     >>> roc_curves([curve]).axes[0].get_legend().get_texts()[0].get_text()
     'PGD  0.75'
     """
-    with _figure(1, 6.6, 4.2) as (figure, (axes,)):
+    with new_figure(1, 6.6, 4.2) as (figure, (axes,)):
         for curve, colour in _coloured(curves):
             label = f"{curve['anomaly']}  {curve['auroc']:.2f}"
             axes.plot(curve["false_alarm_rate"], curve["detection_rate"], color=colour, lw=1.6, label=label)
@@ -355,7 +354,7 @@ def sweep(rows: Sequence[Row], x: str, xlabel: str, log: bool = False, mark: flo
     'views per image'
     """
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
-    with _figure(1, 5.6, 3.5) as (figure, (axes,)):
+    with new_figure(1, 5.6, 3.5) as (figure, (axes,)):
         for anomaly, colour in _coloured(anomalies):
             line = sorted((r for r in rows if r["anomaly"] == anomaly), key=lambda r: r[x])
             values = [r[x] for r in line]
@@ -383,7 +382,7 @@ def parts(rows: Sequence[Row]) -> Figure:
     names = ("m_in alone", "m_out alone", "score")
     anomalies = list(dict.fromkeys(row["anomaly"] for row in rows))
     groups = {name: [r for r in rows if r["score"] == name] for name in names}
-    with _figure(1, 6.4, 0.9 + 0.55 * len(anomalies)) as (figure, (axes,)):
+    with new_figure(1, 6.4, 0.9 + 0.55 * len(anomalies)) as (figure, (axes,)):
         _dots(axes, anomalies, groups, "^vo"[: len(groups)], height=0.54)
         axes.set(xlabel="AUROC (95 % interval)")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
@@ -401,7 +400,7 @@ def attack_study(rows: Sequence[Row]) -> Figure:
     factors = list(dict.fromkeys(row["factor"] for row in rows))
     names = list(dict.fromkeys(row["anomaly"] for row in rows))
     colours = {name: GREY if "random" in name else colour for name, colour in _coloured(names)}
-    with _figure(len(factors), 4.4, 3.6, sharey=True) as (figure, panels):
+    with new_figure(len(factors), 4.4, 3.6, sharey=True) as (figure, panels):
         figure.get_layout_engine().set(hspace=0.06)  # type: ignore[call-arg, union-attr]
         for axes, factor in zip(panels, factors, strict=True):
             values = list(dict.fromkeys(row["value"] for row in rows if row["factor"] == factor))
@@ -431,7 +430,7 @@ def similarities(points: Sequence[Row]) -> Figure:
     >>> similarities([dict(set="PGD", m_in=[0.9, 0.8], gamma_m_out=[0.1, 0.2])]).axes[0].get_ylabel()
     'intra-similarity, m_in'
     """
-    with _figure(1, 5.8, 4.4) as (figure, (axes,)):
+    with new_figure(1, 5.8, 4.4) as (figure, (axes,)):
         for point, colour in _coloured(points):
             axes.scatter(point["gamma_m_out"], point["m_in"], s=7, alpha=0.45, lw=0, color=colour, label=point["set"])
         x, y = np.array(axes.get_xlim()), np.array(axes.get_ylim())
@@ -442,7 +441,12 @@ def similarities(points: Sequence[Row]) -> Figure:
         return figure
 
 
-def _percent(value: float, _: Any = None) -> str:
+def percent(value: float, _: Any = None) -> str:
+    """A share as an axis writes it.
+
+    >>> percent(0.25)
+    '25 %'
+    """
     return f"{100 * value:g} %"
 
 
@@ -457,7 +461,7 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
     >>> figure.axes[1].texts[0].get_text()
     '50.0 %'
     """
-    with _figure(2, 4.9, 3.6) as (figure, (left, right)):
+    with new_figure(2, 4.9, 3.6) as (figure, (left, right)):
         ends = []
         for curve, colour in _coloured(curves):
             p = np.asarray(curve["p_values"])
@@ -468,7 +472,7 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
         left.axvline(threshold, color=GREY, lw=1)
         low = min(float(np.min(curve["p_values"])) for curve in curves)
         left.set(xscale="log", xlim=(low, 1), ylim=(0, 1.01), xlabel="threshold on the p-value", ylabel="share of images flagged")
-        left.yaxis.set_major_formatter(FuncFormatter(_percent))
+        left.yaxis.set_major_formatter(FuncFormatter(percent))
         _label_ends(left, ends)
         shares = [float(np.searchsorted(curve["p_values"], threshold, side="right")) / len(curve["p_values"]) for curve in curves]
         bars = right.barh(range(len(curves)), shares, color=[colour for _, colour in _coloured(curves)])
@@ -477,7 +481,7 @@ def operating_point(curves: Sequence[Row], threshold: float, expected: Row) -> F
         right.axvline(expected["expected"], color=GREY, lw=1)
         right.set(yticks=range(len(curves)), yticklabels=[curve["name"] for curve in curves], xlim=(0, 1.15))
         right.set(xlabel="share flagged; grey: 95 % range for in-distribution", title=f"at p ≤ {threshold:.4g}")
-        right.xaxis.set_major_formatter(FuncFormatter(_percent))
+        right.xaxis.set_major_formatter(FuncFormatter(percent))
         right.invert_yaxis()
         return figure
 
@@ -493,7 +497,7 @@ def calibration(p_values: Sequence[float], n_calibration: int) -> Figure:
     grid = np.linspace(0, 1, 200)
     # Both the calibration and the test images are drawn, so both contribute to the deviation from the diagonal.
     width = 1.96 * np.sqrt(grid * (1 - grid) * (1 / len(p) + 1 / n_calibration))
-    with _figure(1, 4.4, 4.0) as (figure, (axes,)):
+    with new_figure(1, 4.4, 4.0) as (figure, (axes,)):
         axes.fill_between(grid, grid - width, grid + width, color=GREY, alpha=0.2, lw=0)
         axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
         axes.step(p, share, where="post", color=COLOURS[0])
@@ -511,7 +515,7 @@ def gallery(images: Any, titles: Sequence[str], columns: int = 8) -> Figure:
     """
     pixels = np.asarray(images).transpose(0, 2, 3, 1)
     rows = -(-len(pixels) // columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.5 * rows), squeeze=False, layout="constrained")
         for place in axes.flat:
             place.axis("off")
@@ -540,7 +544,7 @@ def speed(rows: Sequence[Row]) -> Figure:
     '10×'
     """
     ratios = [row["other"] / row["ours"] for row in rows]
-    with _figure(1, 8.6, 0.8 + 0.62 * len(rows)) as (figure, (axes,)):
+    with new_figure(1, 8.6, 0.8 + 0.62 * len(rows)) as (figure, (axes,)):
         bars = axes.barh(range(len(rows)), ratios, color=COLOURS[0], height=0.45, left=0)
         axes.bar_label(bars, labels=[f"{ratio:.2f}×" if ratio < 10 else f"{ratio:,.0f}×" for ratio in ratios], padding=3)
         axes.axvline(1, color=GREY, lw=1, ls="--")
@@ -549,328 +553,6 @@ def speed(rows: Sequence[Row]) -> Figure:
         axes.set_yticklabels(names, fontsize=8)
         axes.set_xlim(min(0.5, *ratios), 3 * max(ratios))
         axes.invert_yaxis()
-        return figure
-
-
-# --- the threshold explorer: a figure that is drawn once, and marks that move over it ------------------------------------
-
-
-class Mark(NamedTuple):
-    """What moves with a threshold, in the data coordinates of a panel: a dot (one point), a line through several, or, with
-    None for y, a vertical line through the panel.
-
-    >>> dot, line = Mark(1, [(0.05, 0.8)], "#0072B2"), Mark(0, [(0.05, None)])
-    >>> line.dashed
-    False
-    """
-
-    panel: int
-    points: Sequence[tuple[float, float | None]]
-    colour: str = "#000000"
-    dashed: bool = False
-
-
-def _colour(curve: Row, k: int) -> str:
-    """A set's own colour, which stays when other sets come and go."""
-    return curve.get("colour") or COLOURS[k % len(COLOURS)]
-
-
-def _dash(curve: Row) -> str:
-    return "--" if curve["kind"] == "in" else "-"
-
-
-def _spots(axes: Axes, mark: Mark) -> list[tuple[float, float]]:
-    """A mark's points, those of a vertical line from the bottom of the panel to its top."""
-    low, high = axes.get_ylim()
-    return [(x, end) for x, y in mark.points for end in ((low, high) if y is None else (y,))]
-
-
-def _draw_marks(panels: Sequence[Axes], marks: Sequence[Mark]) -> None:
-    for mark in marks:
-        spots = _spots(panels[mark.panel], mark)
-        look: Any = dict(marker="o", ms=7, mec="white") if len(spots) == 1 else dict(ls="--" if mark.dashed else "-", lw=1.3)
-        panels[mark.panel].plot(*zip(*spots, strict=True), color=mark.colour, zorder=5, scaley=False, clip_on=False, **look)
-
-
-def _flagged_panel(axes: Axes, curves: Sequence[Row]) -> None:
-    for k, curve in enumerate(curves):
-        p = np.asarray(curve["p_values"])
-        axes.step(np.append(p, 1), np.append(np.arange(1, len(p) + 1), len(p)) / len(p), where="post",
-                  color=_colour(curve, k), ls=_dash(curve), label=curve["name"])  # fmt: skip
-    low = min(float(np.min(curve["p_values"])) for curve in curves)
-    axes.set(xscale="log", xlim=(low, 1), ylim=(0, 1.01), xlabel="threshold on the p-value", ylabel="share of images flagged")
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.set_title("What is flagged")
-
-
-def _roc_panel(axes: Axes, normal: Row, others: Sequence[Row]) -> None:
-    scores = np.asarray(normal["scores"])
-    alarms = np.arange(len(scores) + 1) / len(scores)
-    for k, curve in enumerate(others, 1):
-        found = np.searchsorted(np.asarray(curve["scores"]), scores, side="right") / len(curve["scores"])
-        axes.plot(alarms, np.append(found, 1), color=_colour(curve, k))
-    axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="share of normal images flagged", ylabel="share of anomalies flagged")
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.set_title("ROC")
-
-
-def _histogram_panel(axes: Axes, curves: Sequence[Row], key: str, edges: Any) -> None:
-    for k, curve in enumerate(curves):
-        counts, _ = np.histogram(np.clip(curve[key], edges[0], edges[-1]), edges)
-        axes.stairs(counts / len(curve[key]), edges, color=_colour(curve, k), ls=_dash(curve), lw=1.4)
-    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None), ylabel="share of images")
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-
-
-def explorer(curves: Sequence[Row], marks: Sequence[Mark] = ()) -> Figure:
-    """Four panels on what a detector does: shares flagged, ROC, scores, p-values; `marks` as `threshold_marks` gives them.
-
-    curves: the in-distribution set first, then sets of anomalies, with `p_values` and `scores`, each ascending.
-
-    >>> normal = dict(name="test", kind="in", p_values=[0.1, 0.5, 1.0], scores=[0.2, 0.5, 0.9])
-    >>> odd = dict(name="PGD", kind="out", p_values=[0.1, 0.1, 0.5], scores=[0.0, 0.1, 0.5])
-    >>> [axes.get_title("left") for axes in explorer([normal, odd]).axes[:3]]
-    ['What is flagged', 'ROC', 'Scores']
-    """
-    every = np.concatenate([curve["scores"] for curve in curves])
-    low, high = np.quantile(every, [0.005, 1])
-    with sns.axes_style("ticks"), plt.rc_context(_STYLE | {"figure.dpi": 100}):
-        figure, grid = plt.subplots(2, 2, figsize=(9.4, 6.4), layout="constrained")
-        panels = list(grid.flat)
-        _flagged_panel(panels[0], curves)
-        _roc_panel(panels[1], curves[0], curves[1:])
-        _histogram_panel(panels[2], curves, "scores", np.linspace(low, high, 41))
-        panels[2].set(title="Scores", xlabel="score (left: anomalous)")
-        _histogram_panel(panels[3], curves, "p_values", np.linspace(0, 1, 21))
-        panels[3].set(title="p-values (of normal images: even)", xlabel="p-value (left: anomalous)")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=9)
-        _draw_marks(panels, marks)
-        plt.close(figure)
-        return figure
-
-
-def threshold_marks(curves: Sequence[Row], calibration_scores: Sequence[float], threshold: float) -> list[Mark]:
-    """A threshold in the panels of `explorer`: lines at the p-value and at the score that it stands for, and dots on curves.
-
-    >>> normal = dict(name="test", kind="in", p_values=[0.1, 0.5, 1.0], scores=[0.2, 0.5, 0.9])
-    >>> marks = threshold_marks([normal], np.arange(9) / 9, 0.5)
-    >>> [mark.panel for mark in marks], marks[-1].points  # the last is the dot on the curve of `test`
-    ([0, 1, 3, 2, 0], [(0.5, 0.6666666666666666)])
-    """
-    shares = [thresholds.n_flagged(curve, threshold) / len(curve["p_values"]) for curve in curves]
-    colours = [_colour(curve, k) for k, curve in enumerate(curves)]
-    score = thresholds.score_at(calibration_scores, threshold)
-    lines = [(0, threshold), (1, shares[0]), (3, threshold)]
-    lines += [(2, score)] if score is not None and np.isfinite(score) else []
-    marks = [Mark(panel, [(x, None)]) for panel, x in lines]
-    marks += [Mark(0, [(threshold, share)], colour) for share, colour in zip(shares, colours, strict=True)]
-    return marks + [Mark(1, [(shares[0], y)], colour) for y, colour in zip(shares[1:], colours[1:], strict=True)]
-
-
-def batch(normal: Sequence[float], odd: Sequence[float], marks: Sequence[Mark] = ()) -> Figure:
-    """A batch of images, p-values by rank, as Benjamini and Hochberg look at them; `marks` as `batch_marks` gives them.
-
-    normal, odd: the p-values of the in-distribution images and of the anomalies in the batch.
-
-    >>> figure = batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3], marks=batch_marks(6, 0.05, 0.1, smallest=0.01))
-    >>> figure.axes[0].get_ylabel()
-    'p-value'
-    """
-    p = np.concatenate([normal, odd])
-    order = np.argsort(p, kind="stable")
-    rank = np.arange(1, len(p) + 1) / len(p)
-    with _figure(1, 6.4, 3.8) as (figure, (axes,)):
-        for name, colour, chosen in (("anomaly", COLOURS[1], order >= len(normal)), ("normal", COLOURS[0], order < len(normal))):
-            axes.plot(rank[chosen], p[order][chosen], "o", ms=4, color=colour, alpha=0.7, mew=0, label=name)
-        axes.plot([], [], color=COLOURS[6], label="the threshold")
-        axes.plot([], [], color=COLOURS[3], ls="--", label="q × rank: Benjamini–Hochberg")
-        axes.set(xscale="log", yscale="log", xlim=(rank[0], 1), ylim=(p.min() / 1.5, 1.2))
-        axes.set(xlabel="rank of the image, as a share of the batch", ylabel="p-value")
-        axes.legend(frameon=False, loc="upper left", fontsize=9)
-        _draw_marks([axes], marks)
-        return figure
-
-
-def batch_marks(n: int, threshold: float, q: float, smallest: float) -> list[Mark]:
-    """The two rules in `batch`: p = threshold, level; p = q k / n, rising (dashed) from the `smallest` p-value.
-
-    >>> plain, rising = batch_marks(100, threshold=0.05, q=0.1, smallest=0.001)
-    >>> plain.points, rising.points[-1]
-    ([(0.01, 0.05), (1, 0.05)], (1, 0.1))
-    """
-    first = min(1.0, max(1 / n, smallest / q / 1.5))
-    return [Mark(0, [(1 / n, threshold), (1, threshold)]), Mark(0, [(first, q * first), (1, q)], COLOURS[3], dashed=True)]
-
-
-def freeze(figure: Figure) -> bytes:
-    """Lay a figure out for good and draw it at twice its pixels: the PNG over which `overlay` puts marks.
-
-    >>> figure = batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3])
-    >>> freeze(figure)[1:4]
-    b'PNG'
-    """
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=2 * figure.dpi)
-    figure.draw_without_rendering()  # savefig leaves the transforms of its own resolution behind
-    return buffer.getvalue()
-
-
-def overlay(figure: Figure, marks: Sequence[Mark]) -> str:
-    """Marks as an SVG of the size of a frozen figure, to lie over it. A few hundred bytes, made in well under a millisecond.
-
-    >>> figure = batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3])
-    >>> picture = freeze(figure)
-    >>> overlay(figure, batch_marks(6, 0.05, 0.1, smallest=0.01)).count("<polyline")
-    2
-    """
-    width, height = figure.get_size_inches() * figure.dpi
-    shapes = []
-    for mark in marks:
-        axes = figure.axes[mark.panel]
-        shapes.append(_shape(axes.transData.transform(_spots(axes, mark)), height, mark))
-    size = f'width="{width:.0f}" height="{height:.0f}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="display:block" aria-hidden="true">{"".join(shapes)}</svg>'
-
-
-def _shape(pixels: Any, height: float, mark: Mark) -> str:
-    spots = [(x, height - y) for x, y in pixels]
-    if len(spots) == 1:
-        return f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="4.5" fill="{mark.colour}" stroke="white"/>'
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    dash = ' stroke-dasharray="5 3"' if mark.dashed else ""
-    return f'<polyline points="{path}" fill="none" stroke="{mark.colour}" stroke-width="1.5"{dash}/>'
-
-
-# --- the same numbers and images as HTML, for a widget -------------------------------------------------------------------
-
-
-def share_text(share: float) -> str:
-    """A share in percent, with as many digits as it takes to tell it from none and from all.
-
-    >>> share_text(0.0512), share_text(0.00031), share_text(0.0)
-    ('5.1 %', '0.03 %', '0 %')
-    """
-    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.{1 if 0.005 <= share <= 0.995 else 2}f} %"
-
-
-def _between(interval: Sequence[float]) -> str:
-    return f"[{share_text(interval[0])}, {share_text(interval[1])}]"
-
-
-def operating_html(curves: Sequence[Row], point: Row, threshold: float, n_calibration: int) -> str:
-    """What a threshold promises and does, as a table; `point` as `thresholds.operating_point` gives it.
-
-    >>> curves = [dict(name="test", kind="in", p_values=[0.1, 0.2, 0.6, 1.0])]
-    >>> table = operating_html(curves, thresholds.operating_point(curves, 9, 0.2), 0.2, 9)
-    >>> "false alarms: test" in table, "<b>50.0 %</b>" in table
-    (True, True)
-    """
-    expected = point["expected"]
-    cells = [
-        ("threshold", "#000000", f"flag when p ≤ {threshold:.4g}", "", f"{n_calibration} calibration images"),
-        (
-            "promised",
-            "#000000",
-            "false alarms promised",
-            share_text(expected.expected),
-            f"{_between(expected[1:])} in 95 of 100 calibrations",
-        ),
-    ]
-    for k, curve in enumerate(curves):
-        name, kind = curve["name"], "false alarms" if curve["kind"] == "in" else "found"
-        interval = f"{_between(point['intervals'][name])} for {len(curve['p_values'])} images"
-        cells.append((name, _colour(curve, k), f"{kind}: {name}", share_text(point["flagged"][name]), interval))
-    rows = "".join(
-        f'<tr><td style="border-left:.5em solid {colour};padding-left:.5em">{html.escape(words)}</td>'
-        f'<td data-set="{html.escape(name)}" style="text-align:right;padding:0 1em"><b>{share}</b></td><td>{interval}</td></tr>'
-        for name, colour, words, share, interval in cells
-    )
-    return f'<table class="cadet-numbers" style="line-height:1.5">{rows}</table>'
-
-
-def batch_html(rows: Sequence[Row], q: float) -> str:
-    """Two rules on one batch, as a table; rows as `thresholds.batch_decision` gives them.
-
-    >>> rows = thresholds.batch_decision(normal=[0.5, 0.8], odd=[0.01, 0.02], threshold=0.05, q=0.1)
-    >>> "2 of 4" in batch_html(rows, 0.1)
-    True
-    """
-    heads = ("", "flagged", "false among the flagged", "anomalies found", "normal images flagged", "largest p flagged")
-    lines = ["".join(f'<th style="text-align:right;padding:0 .8em">{head}</th>' for head in heads)]
-    for row in rows:
-        shares = [share_text(row[key]) for key in ("false_discovery_rate", "found", "false_alarms")]
-        cells = [f"{row['flagged']} of {row['n']}", *shares, "none" if row["cut"] is None else f"{row['cut']:.4g}"]
-        numbers = "".join(f'<td style="text-align:right;padding:0 .8em">{cell}</td>' for cell in cells)
-        lines.append(f"<td><b>{html.escape(row['rule'])}</b></td>{numbers}")
-    note = f"Benjamini–Hochberg keeps the second column at or below q = {q:.3g} on average; a plain threshold does not bound it."
-    return f'<table class="cadet-batch">{"".join(f"<tr>{line}</tr>" for line in lines)}</table><p>{note}</p>'
-
-
-def image_uri(image: Any, side: int = 72) -> str:
-    """An image (3, H, W), uint8 or [0, 1], as the data URI of a PNG of at most `side` pixels.
-
-    >>> image_uri(np.zeros((3, 8, 8), dtype=np.uint8))[:22]
-    'data:image/png;base64,'
-    """
-    pixels = np.asarray(image)
-    pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels).round().astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    picture.thumbnail((side, side))
-    buffer = io.BytesIO()
-    picture.save(buffer, "png", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-EXAMPLES = {
-    "flagged": "Flagged, rightly",
-    "missed": "Missed anomalies",
-    "falsely flagged": "Falsely flagged normal images",
-}
-
-
-def examples_html(found: Mapping[str, Sequence[thresholds.Example]], uri: Callable[[str, int], str]) -> str:
-    """Images nearest the threshold with their p-values, a row of each kind; `uri` gives the image of a set and position.
-
-    >>> found = {"flagged": [thresholds.Example("PGD", 3, 0.012)], "missed": [], "falsely flagged": []}
-    >>> "p = 0.012<br>PGD" in examples_html(found, lambda name, i: image_uri(np.zeros((3, 8, 8))))
-    True
-    """
-    rows = []
-    for kind, title in EXAMPLES.items():
-        images = "".join(
-            f'<figure style="margin:0;width:72px"><img width="72" height="72" alt="{html.escape(e.set)} {e.image}" '
-            f'src="{uri(e.set, e.image)}" style="image-rendering:pixelated;object-fit:contain"><figcaption style="font-size:11px;'
-            f'line-height:1.2">p = {e.p_value:.3g}<br>{html.escape(e.set)}</figcaption></figure>'
-            for e in found[kind]
-        )
-        rows.append(f'<h4 style="margin:.6em 0 .2em">{title}</h4><div style="display:flex;gap:8px">{images or "none"}</div>')
-    return f'<div class="cadet-examples">{"".join(rows)}</div>'
-
-
-def examples(found: Mapping[str, Sequence[thresholds.Example]], sets: Mapping[str, Any]) -> Figure:
-    """The same as a figure: sets holds the images (N, 3, H, W) of each set.
-
-    >>> found = {"flagged": [thresholds.Example("PGD", 0, 0.012)], "missed": [], "falsely flagged": []}
-    >>> examples(found, {"PGD": np.zeros((1, 3, 8, 8))}).axes[0].get_title()
-    'p = 0.012\\nPGD'
-    """
-    columns = max(1, *(len(items) for items in found.values()))
-    with plt.rc_context(_STYLE):
-        figure = plt.figure(figsize=(1.15 * columns, 5.0), layout="constrained")
-        parts: Any = figure.subfigures(3, 1)
-        for part, (kind, title) in zip(parts, EXAMPLES.items(), strict=True):
-            part.suptitle(title if found[kind] else f"{title}: none", fontsize=11, x=0.01, ha="left")
-            places = part.subplots(1, columns, squeeze=False)[0]
-            for place in places:
-                place.axis("off")
-            for place, example in zip(places, found[kind], strict=False):
-                place.imshow(np.asarray(sets[example.set][example.image]).transpose(1, 2, 0), interpolation="nearest")
-                place.set_title(f"p = {example.p_value:.3g}\n{example.set}", fontsize=7, loc="center")
-        plt.close(figure)
         return figure
 
 

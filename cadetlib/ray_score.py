@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cadetlib import checks, data, encoders, processes, record, score, thresholds
+from cadetlib import checks, encoders, image_files, processes, record, score, thresholds
 from cadetlib.cadet import CADet
 from cadetlib.chunks import Decoded, images_per_chunk, images_per_step, rows_of_chunk
 from cadetlib.score_table import COLUMNS, Settings, Summary
@@ -80,12 +80,12 @@ def _listed(uri: str) -> list[str]:
     """
     filesystem, folder = _place(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
-        paths = list(data.images_below(folder))  # follows links to folders, and lists links that lead nowhere
+        paths = list(image_files.images_below(folder))  # follows links to folders, and lists links that lead nowhere
     else:
         found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-        paths = sorted(i.path[len(folder) + 1 :] for i in found if i.type is fs.FileType.File and data.is_image(i.path))
+        paths = sorted(i.path[len(folder) + 1 :] for i in found if i.type is fs.FileType.File and image_files.is_image(i.path))
     if not paths:
-        raise FileNotFoundError(f"found no image below {uri}, expected files ending in {data.KINDS}")
+        raise FileNotFoundError(f"found no image below {uri}, expected files ending in {image_files.KINDS}")
     for path in paths:
         if path.encode(errors="replace").decode() != path:
             raise ValueError(f"found the file name {os.fsencode(path)!r}, expected UTF-8; rename it, or use cadetlib.score")
@@ -113,7 +113,7 @@ def _decoded(content: bytes, path: str, size: int) -> Decoded:
     "found no readable image (cannot identify image file 'cut.png'), expected a whole image file; replace or remove it"
     """
     try:
-        return Decoded(path, data.read_image(_Named(content, path), size))  # type: ignore[arg-type]
+        return Decoded(path, image_files.read_image(_Named(content, path), size))  # type: ignore[arg-type]
     except Exception as error:  # as in `chunks.decode`
         return Decoded(path, None, str(error).replace(f"{path}: ", "") or type(error).__name__)
 

@@ -28,7 +28,7 @@ import torch
 from cadetlib import cadet, checks, embed, encoders, foreign, gallery, processes, record, thresholds
 from cadetlib.cadet import CADet
 from cadetlib.chunks import Decoded, chunks_of, images_per_chunk, listing, progress, rows_of_chunk, sums_of_chunk
-from cadetlib.data import images_below
+from cadetlib.image_files import images_below
 from cadetlib.score_parts import is_whole, merge, score_parts
 from cadetlib.score_table import SOME_FAILED, Part, Settings, Table, line, lines_of, summary
 

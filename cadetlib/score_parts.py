@@ -17,7 +17,7 @@ from typing import Any
 
 from cadetlib import processes
 from cadetlib.chunks import Listing, listing, progress
-from cadetlib.data import images_below
+from cadetlib.image_files import images_below
 from cadetlib.score_table import COLUMNS, SOME_FAILED, Part, Settings, Table, holds_something, line, lines_of, parts_of
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 
-from cadetlib import data, losses
+from cadetlib import data, image_files, losses
 from cadetlib.views import TrainViews
 
 _LAST_SECONDS = 20  # of a worker that is told to end; torchrun gives its processes 30
@@ -83,7 +83,7 @@ def read_crops(path: Path, boxes: Callable[[int, int], Tensor], size: int) -> Te
     >>> read_crops(file, lambda height, width: torch.tensor([[0, 0, height, width]]), size=8)[0, :, 0, 0]
     tensor([255,   0,   0], dtype=torch.uint8)
     """
-    with data.opened_image(path) as opened:
+    with image_files.opened_image(path) as opened:
         height, width = _upright_size(opened)
         found = boxes(height, width)
         smallest = int(found[:, 2:].amin())
@@ -91,7 +91,7 @@ def read_crops(path: Path, boxes: Callable[[int, int], Tensor], size: int) -> Te
         whole = opened.size[0]
         drafted = opened.draft(None, (opened.size[0] // divisor, opened.size[1] // divisor))  # None: no JPEG
         scale = drafted[1][2] / whole if drafted else 1.0
-        image = data.upright_rgb(opened)
+        image = image_files.upright_rgb(opened)
         crops = [_crop(image, [scale * value for value in box], size) for box in found.tolist()]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
@@ -218,9 +218,9 @@ class _Errors(Dataset[str]):
 
     def __getitem__(self, index: int) -> str:
         try:
-            with data.opened_image(self.images.path(index)) as opened:
+            with image_files.opened_image(self.images.path(index)) as opened:
                 opened.draft(None, (1, 1))  # a JPEG's every byte is read all the same
-                data.upright_rgb(opened)
+                image_files.upright_rgb(opened)
         except ValueError as error:
             return str(error)
         return ""

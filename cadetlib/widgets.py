@@ -14,7 +14,7 @@ from typing import Any
 import ipywidgets
 import numpy as np
 
-from cadetlib import plots, thresholds
+from cadetlib import explorer_html, explorer_plots, plots, thresholds
 
 Row = Mapping[str, Any]
 _STEP = 0.01  # of the sliders, in powers of ten
@@ -39,8 +39,8 @@ class Layers:
     """A figure drawn once with marks that move over it: `draw` when the curves change, `move` when the threshold does.
 
     >>> layers = Layers()
-    >>> layers.draw(plots.batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3]))
-    >>> layers.move([plots.Mark(0, [(0.5, 0.05)])])
+    >>> layers.draw(explorer_plots.batch(normal=[0.2, 0.6, 1.0], odd=[0.01, 0.02, 0.3]))
+    >>> layers.move([explorer_plots.Mark(0, [(0.5, 0.05)])])
     >>> bytes(layers.picture.value[1:4]), layers.marks.value.count("<circle")
     (b'PNG', 1)
     """
@@ -54,14 +54,14 @@ class Layers:
 
     def draw(self, figure: Any) -> None:
         self.figure = figure
-        self.picture.value = plots.freeze(figure)
+        self.picture.value = explorer_plots.freeze(figure)
         width, height = (f"{side * figure.dpi:.0f}px" for side in figure.get_size_inches())
         for layer in (self.picture, self.marks):
             layer.layout.width = layer.layout.min_width = width
             layer.layout.height = height
 
-    def move(self, marks: Sequence[plots.Mark]) -> None:
-        self.marks.value = plots.overlay(self.figure, marks)
+    def move(self, marks: Sequence[explorer_plots.Mark]) -> None:
+        self.marks.value = explorer_plots.overlay(self.figure, marks)
 
 
 class ThresholdExplorer:
@@ -84,7 +84,7 @@ class ThresholdExplorer:
         if not detectors:
             raise ValueError("detectors: found none, expected at least one")
         self.detectors = {row["name"]: row for row in detectors}
-        self.uri = functools.lru_cache(maxsize=4096)(lambda name, i: plots.image_uri(sets[name][i]))
+        self.uri = functools.lru_cache(maxsize=4096)(lambda name, i: explorer_html.image_uri(sets[name][i]))
         first = detectors[0]
         names = {kind: [c["name"] for c in first["curves"] if (c["kind"] == "in") == (kind == "in")] for kind in ("in", "out")}
         self.detector = ipywidgets.Dropdown(options=list(self.detectors), description="detector")
@@ -136,7 +136,7 @@ class ThresholdExplorer:
         named = self.anomalies.value or self.anomalies.options[:1]
         picked = thresholds.chosen(row["curves"], self.normal.value, named)
         self.shown = [{**curve, "colour": colours[curve["name"]]} for curve in picked]
-        self.curves.draw(plots.explorer(self.shown))
+        self.curves.draw(explorer_plots.explorer(self.shown))
         self.select_batch()
         self.move()
 
@@ -144,7 +144,7 @@ class ThresholdExplorer:
         """Another batch: as many normal images and anomalies, of all sets shown, as the share asks for."""
         odd: Any = np.sort(np.concatenate([curve["p_values"] for curve in self.shown[1:]]))
         self.normal_p, self.odd_p = thresholds.batch_parts(self.shown[0]["p_values"], odd, self.share.value)
-        self.batch.draw(plots.batch(self.normal_p, self.odd_p))
+        self.batch.draw(explorer_plots.batch(self.normal_p, self.odd_p))
         self.move_batch()
 
     def move(self) -> None:
@@ -152,17 +152,17 @@ class ThresholdExplorer:
         n, value = len(self.calibration), self.threshold
         self.saved.value = ""  # what was saved is not what is shown
         point = thresholds.operating_point(self.shown, n, value)
-        self.numbers.value = plots.operating_html(self.shown, point, value, n)
-        self.curves.move(plots.threshold_marks(self.shown, self.calibration, value))
-        self.images.value = plots.examples_html(thresholds.examples(self.shown, value), self.uri)
+        self.numbers.value = explorer_html.operating_html(self.shown, point, value, n)
+        self.curves.move(explorer_plots.threshold_marks(self.shown, self.calibration, value))
+        self.images.value = explorer_html.examples_html(thresholds.examples(self.shown, value), self.uri)
         self.move_batch()
 
     def move_batch(self) -> None:
         """Another threshold or level for the batch."""
         rows = thresholds.batch_decision(self.normal_p, self.odd_p, self.threshold, self.q.value)
-        self.decision.value = plots.batch_html(rows, self.q.value)
+        self.decision.value = explorer_html.batch_html(rows, self.q.value)
         smallest = min(self.normal_p[0], self.odd_p[0])
-        self.batch.move(plots.batch_marks(rows[0]["n"], self.threshold, self.q.value, smallest))
+        self.batch.move(explorer_plots.batch_marks(rows[0]["n"], self.threshold, self.q.value, smallest))
 
     def save(self) -> None:
         """Write the threshold with its guarantees, and what it found here, to the file that is named."""

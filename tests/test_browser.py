@@ -22,7 +22,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from cadetlib import attack_sets, cadet, corruptions, data, encoders, experiments, metrics, plots, record
+from cadetlib import attack_sets, cadet, corruptions, data, encoders, experiments, explorer_html, metrics, record
 from cadetlib.views import resize_to
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -191,7 +191,9 @@ def expected(folder, name, normal, threshold):
     }
     shares = {one: (detector.p_values(seen[one]) <= threshold).double().mean() for one in (normal, "digits-7-to-9", "noise")}
     promise = metrics.beta_false_positive_interval(99, threshold).expected
-    return {one: plots.share_text(float(share)) for one, share in (shares | {"promised": promise}).items()} | {"threshold": ""}
+    return {one: explorer_html.share_text(float(share)) for one, share in (shares | {"promised": promise}).items()} | {
+        "threshold": ""
+    }
 
 
 def press(page, n):

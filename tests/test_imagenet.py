@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cadetlib import data, experiments, imagenet, reproduce
+from cadetlib import data, experiments, image_files, imagenet, reproduce
 
 FILES = ["n02/b.JPEG", "n02/a.JPEG", "n01/x/d.png", "n01/c.jpg", "n10/e.webp"]
 
@@ -34,12 +34,12 @@ def name_it(monkeypatch, n_images=5, n_classes=3):
 
 def test_files_are_listed_as_image_folder_does_and_read_only_when_asked(root, monkeypatch):
     name_it(monkeypatch)
-    opened, read = [], data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path, size: opened.append(path) or read(path, size))
+    opened, read = [], image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda path, size: opened.append(path) or read(path, size))
     found = data.load("small")
     assert [os.fsdecode(file) for file in found.files] == ["n01/c.jpg", "n01/x/d.png", "n02/a.JPEG", "n02/b.JPEG", "n10/e.webp"]
     assert found.labels.tolist() == [0, 0, 1, 1, 2] and len(found) == 5 and found.name == "small"
-    assert [found.path(i) for i in range(5)] == [root / "small" / path for path in data.images_below(root / "small")]
+    assert [found.path(i) for i in range(5)] == [root / "small" / path for path in image_files.images_below(root / "small")]
     chosen = experiments.some_of(found.of_classes([0, 1]), 3, seed=1)
     assert not opened
     resized = chosen.resized(8)
@@ -66,7 +66,9 @@ def test_blocks_are_the_whole_read_a_few_files_at_a_time(root, monkeypatch, caps
     name_it(monkeypatch)
     whole = data.load("small").resized(8)
     opened = []
-    monkeypatch.setattr(data, "read_image", lambda path, size, read=data.read_image: opened.append(path) or read(path, size))
+    monkeypatch.setattr(
+        image_files, "read_image", lambda path, size, read=image_files.read_image: opened.append(path) or read(path, size)
+    )
     for i, block in enumerate(data.load("small").blocks(8, n=2)):
         assert torch.equal(block.images, whole.images[2 * i : 2 * i + 2]) and len(opened) == min(2 * i + 2, 5)
     for name in ("n02/a.JPEG", "n10/e.webp"):
@@ -131,7 +133,7 @@ def profile(root, monkeypatch):
 
 def test_check_tells_of_a_profile_what_is_there_and_what_to_do(profile, root, monkeypatch, capsys):
     name_it(monkeypatch)
-    monkeypatch.setattr(data, "read_image", None)  # counted, not read
+    monkeypatch.setattr(image_files, "read_image", None)  # counted, not read
     assert data.main(["check", profile]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[2:6]] == [

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, chunks, data, encoders, gallery, reproduce, score, score_parts, score_table, thresholds
+from cadetlib import cadet, chunks, data, encoders, gallery, image_files, reproduce, score, score_parts, score_table, thresholds
 from cadetlib.cadet import CADet
 
 FORMATS = {"a.png": {}, "b.jpg": {}, "deep/er/c.webp": {}, "deep/d.tiff": {}, "e.gif": {}, "f.bmp": {}, "g.ppm": {}, "h.jp2": {}}
@@ -96,7 +96,7 @@ def test_every_file_has_its_line_with_the_library_s_numbers(home, detector, tmp_
     good = {*FORMATS, *ODD_NAMES, *(f"more/{i:02d}.png" for i in range(12))}
     assert set(rows) == failed | good and next(iter(open(out, "rb"))) == b"path,score,m_in,m_out,p_value,flagged,error\n"
     for path in good:
-        image = data.read_image(home / "images" / path, 16)[None]
+        image = image_files.read_image(home / "images" / path, 16)[None]
         m_in, m_out = (float(v) for v in detector.similarities(image))
         row = {key: float(rows[path][key]) for key in ("score", "m_in", "m_out", "p_value")}
         assert row == pytest.approx(
@@ -214,7 +214,7 @@ def test_whatever_a_decoder_says_the_file_is_named(tmp_path, kind):
     name, content = DAMAGED[kind]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: found no readable image .*; replace or remove it") as caught:
-        data.read_image(tmp_path / name, 8)
+        image_files.read_image(tmp_path / name, 8)
     assert type(caught.value.__cause__).__name__ == kind
     found = chunks.decode(tmp_path, name, 8)
     assert found.image is None and "found no readable image" in found.error and str(tmp_path) not in found.error
@@ -229,7 +229,7 @@ def test_errors_in_the_middle_of_a_file_are_the_file_s(tmp_path, monkeypatch, er
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     with pytest.raises(ValueError, match=r"a.png: found no readable image .unpack requires 4 bytes"):
-        data.read_image(tmp_path / "a.png", 8)
+        image_files.read_image(tmp_path / "a.png", 8)
 
 
 class Blind(nn.Module):

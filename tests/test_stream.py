@@ -18,7 +18,7 @@ from test_pretrain import TINY, last_checkpoint, log_of, tensors
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
-from cadetlib import data, imagenet, pretrain, stream, views
+from cadetlib import data, image_files, imagenet, pretrain, stream, views
 from cadetlib.pretrain import Settings
 from cadetlib.views import TrainViews
 
@@ -117,7 +117,7 @@ def test_crops_are_torchvisions_of_the_whole_image(tmp_path, name, save):
     found = stream.read_crops(tmp_path / name, lambda height, width: asked.append((height, width)) or boxes, 32)
     assert asked == [(75, 101)] and found.dtype == torch.uint8
     with Image.open(tmp_path / name) as opened:
-        whole = data.upright_rgb(opened)
+        whole = image_files.upright_rgb(opened)
     for crop, box in zip(found, boxes.tolist(), strict=True):
         expected = np.asarray(tv.resized_crop(whole, *box, [32, 32], antialias=True))
         np.testing.assert_array_equal(crop.permute(1, 2, 0).numpy(), expected)
@@ -127,8 +127,8 @@ def test_crops_are_torchvisions_of_the_whole_image(tmp_path, name, save):
 def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path, monkeypatch, turned):
     image, path = Image.fromarray(picture(603, 805)), tmp_path / "large.jpg"
     save_turned(image, path) if turned else image.save(path, quality=95)
-    sizes, decode = [], data.upright_rgb
-    monkeypatch.setattr(data, "upright_rgb", lambda opened: sizes.append(opened.size) or decode(opened))
+    sizes, decode = [], image_files.upright_rgb
+    monkeypatch.setattr(image_files, "upright_rgb", lambda opened: sizes.append(opened.size) or decode(opened))
     for least, divisor in [(64, 2), (130, 4), (300, 8)]:
         box = torch.tensor([[603 - least, 11, least, 700], [0, 0, 603, 805]])
         found = stream.read_crops(path, lambda *_, box=box: box, 32)
@@ -219,7 +219,7 @@ def damage(squares, monkeypatch, tmp_path):
         path = tmp_path / "damaged" / os.fsdecode(squares.files[i])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(squares.path(i).read_bytes())
-    files = [tmp_path / "damaged" / path for path in data.images_below(tmp_path / "damaged")]
+    files = [tmp_path / "damaged" / path for path in image_files.images_below(tmp_path / "damaged")]
     files[3].write_bytes(files[3].read_bytes()[:-60])
     files[20].write_text("no image")
     monkeypatch.setattr(data, "load", lambda name, **_: replace(squares, folder=tmp_path / "damaged"))

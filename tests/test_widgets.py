@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from cadetlib import cadet, explored, metrics, plots, thresholds, widgets
+from cadetlib import cadet, explored, explorer_html, explorer_plots, metrics, thresholds, widgets
 
 
 def curve(name, kind, scores, calibration):
@@ -105,27 +105,27 @@ def test_marks_lie_over_the_curves_they_belong_to():
     row = detector()
     curves = row["curves"][:1] + row["curves"][2:]
     dots = [
-        plots.Mark(0, [(0.05, 0.5)], "#ff0000"),
-        plots.Mark(1, [(0.25, 0.75)], "#ff0000"),
-        plots.Mark(3, [(0.5, 0.1)], "#ff0000"),
+        explorer_plots.Mark(0, [(0.05, 0.5)], "#ff0000"),
+        explorer_plots.Mark(1, [(0.25, 0.75)], "#ff0000"),
+        explorer_plots.Mark(3, [(0.5, 0.1)], "#ff0000"),
     ]
-    with_dots = np.asarray(Image.open(io.BytesIO(plots.freeze(plots.explorer(curves, dots)))).convert("RGB"))
-    figure = plots.explorer(curves)
-    plots.freeze(figure)
-    svg = plots.overlay(figure, dots)
+    with_dots = np.asarray(Image.open(io.BytesIO(explorer_plots.freeze(explorer_plots.explorer(curves, dots)))).convert("RGB"))
+    figure = explorer_plots.explorer(curves)
+    explorer_plots.freeze(figure)
+    svg = explorer_plots.overlay(figure, dots)
     circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
     assert len(circles) == 3 and f'width="{with_dots.shape[1] // 2}"' in svg
     for x, y in circles:
         assert with_dots[round(2 * float(y)), round(2 * float(x))].tolist() == [255, 0, 0]
-    lines = plots.overlay(figure, plots.threshold_marks(curves, row["calibration_scores"], 0.05))
+    lines = explorer_plots.overlay(figure, explorer_plots.threshold_marks(curves, row["calibration_scores"], 0.05))
     assert lines.count("<polyline") == 4 and lines.count("<circle") == len(curves) + len(curves) - 1
 
 
 def test_numbers_are_escaped_and_named():
     curves = detector()["curves"]
-    text = plots.operating_html(curves, thresholds.operating_point(curves, 99, 0.05), 0.05, 99)
+    text = explorer_html.operating_html(curves, thresholds.operating_point(curves, 99, 0.05), 0.05, 99)
     assert "<co>" not in text and 'data-set="PGD &amp; &lt;co&gt;"' in text and "5.0 %" in text
-    assert [plots.share_text(s) for s in (0, 1, 0.0004, 0.9996, 0.5)] == ["0 %", "100 %", "0.04 %", "99.96 %", "50.0 %"]
+    assert [explorer_html.share_text(s) for s in (0, 1, 0.0004, 0.9996, 0.5)] == ["0 %", "100 %", "0.04 %", "99.96 %", "50.0 %"]
 
 
 @pytest.fixture
@@ -142,11 +142,11 @@ def test_moving_the_slider_shows_the_library_s_numbers_and_draws_nothing(explore
         raise AssertionError("a move of the slider drew a figure")
 
     for name in ("explorer", "batch", "freeze"):
-        monkeypatch.setattr(plots, name, fail)
+        monkeypatch.setattr(explorer_plots, name, fail)
     before = explorer.curves.marks.value, explorer.decision.value, explorer.images.value
     explorer.slider.value = 0.3
     point = thresholds.operating_point(explorer.shown, 99, 0.3)
-    assert shown(explorer, "unseen") == plots.share_text(point["flagged"]["unseen"])
+    assert shown(explorer, "unseen") == explorer_html.share_text(point["flagged"]["unseen"])
     assert shown(explorer, "promised") == "30.0 %"
     assert all(
         a != b for a, b in zip(before, (explorer.curves.marks.value, explorer.decision.value, explorer.images.value), strict=True)
@@ -167,10 +167,12 @@ def test_another_detector_and_other_sets_are_drawn_anew(explorer):
     explorer.detector.value = "supervised"
     assert explorer.curves.picture.value != before
     point = thresholds.operating_point(detector("supervised", seed=1)["curves"], 99, 0.05)
-    assert shown(explorer, "unseen") == plots.share_text(point["flagged"]["unseen"])
+    assert shown(explorer, "unseen") == explorer_html.share_text(point["flagged"]["unseen"])
     explorer.anomalies.value = ("unseen",)
     explorer.normal.value = "training"
-    assert "PGD" not in explorer.numbers.value and shown(explorer, "training") == plots.share_text(point["flagged"]["training"])
+    assert "PGD" not in explorer.numbers.value and shown(explorer, "training") == explorer_html.share_text(
+        point["flagged"]["training"]
+    )
 
 
 def test_a_saved_threshold_carries_its_guarantees_and_its_detector(explorer, tmp_path):
