@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadetlib import attack_sets, attack_study, comparison, data, embed, encoders, experiments, parameters, record
+from cadetlib import attack_sets, attack_study, comparison, data, embed, encoders, experiments, parameters, questions, record
 from cadetlib.experiments import IN_DISTRIBUTION, Row
 from cadetlib.views import EvalViews
 
@@ -52,7 +52,7 @@ def rows_at(
     sums = experiments.view_sums_of_sets(encoder, sets, views, grid, dtype=dtype, say=lambda _: None)
     n = len(sets[IN_DISTRIBUTION])
     divisions = experiments.splits(n, given["n_splits"], given["n_reference"], given["n_calibration"], seed=given["seed"])
-    ask = experiments.Asker(sums, paired, divisions)
+    ask = questions.Asker(sums, paired, divisions)
     for n_views in grid:
         found = []
         for name in ask.anomalies:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import attack_sets, attacks, checks, encoders, experiments, record, rng
+from cadetlib import attack_sets, attacks, checks, encoders, experiments, questions, record, rng
 from cadetlib.experiments import IN_DISTRIBUTION, Row, Split
 from cadetlib.views import EvalViews
 
@@ -61,7 +61,7 @@ class Study:
         sums = experiments.view_sums_of_sets(
             self.encoder, sets, self.views, [self.n_views], self.cache, dtype=self.dtype, say=lambda _: None
         )
-        ask = experiments.Asker(sums, {name: name != IN_DISTRIBUTION for name in sets}, self.divisions)
+        ask = questions.Asker(sums, {name: name != IN_DISTRIBUTION for name in sets}, self.divisions)
         rows = []
         for name, images in self.attacked.items():
             halves = {
@@ -117,13 +117,13 @@ def random_signs(images: Tensor, eps: float, seed: int = 0) -> Tensor:
     return (x + eps * (2 * (draws < 0.5).to(x.dtype) - 1)).clamp(0, 1)
 
 
-def over_signs(ask: experiments.Asker, attack: str, n_views: int) -> Row:
+def over_signs(ask: questions.Asker, attack: str, n_views: int) -> Row:
     """By how much an attack's AUROC exceeds that of random signs on the same images, with its interval; nothing without these.
 
     >>> images = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     >>> sets = {IN_DISTRIBUTION: images, "halved": images / 2, CONTROL: random_signs(images, 0.01)}
     >>> sums = experiments.view_sums_of_sets(nn.Flatten(), sets, EvalViews(8), [4], say=lambda _: None)
-    >>> ask = experiments.Asker(sums, {"halved": True, CONTROL: True}, experiments.splits(20, 2, n_reference=5, n_calibration=9))
+    >>> ask = questions.Asker(sums, {"halved": True, CONTROL: True}, experiments.splits(20, 2, n_reference=5, n_calibration=9))
     >>> sorted(over_signs(ask, "halved", n_views=4)), over_signs(ask, CONTROL, n_views=4)
     (['over_signs', 'over_signs_high', 'over_signs_low'], {})
     """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import cifar_resnet, encoders, experiments, record
+from cadetlib import cifar_resnet, encoders, experiments, questions, record
 from cadetlib.views import EvalViews
 
 Row = dict[str, Any]
@@ -116,7 +116,7 @@ def rows(
     """
     own = EvalViews(getattr(encoder, "image_size", views.image_size), views.crop_scale, views.flip, views.seed)
     sums = experiments.view_sums_of_sets(encoder, sets, own, grid, cache, dtype=dtype)
-    ask = experiments.Asker(sums, paired, divisions)
+    ask = questions.Asker(sums, paired, divisions)
     about = dict(
         encoder=name,
         detector="CADet",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import cadet, data, embed, encoders, experiments, hu, metrics, probe
+from cadetlib import cadet, data, embed, encoders, experiments, hu, metrics, probe, questions
 from cadetlib.detectors import DETECTORS, tune_odin
 from cadetlib.experiments import IN_DISTRIBUTION, Pair, Row, Split
 
@@ -229,7 +229,7 @@ def cadet_rows(
     >>> [(row["detector"], row["anomaly"], row["forwards"]) for row in rows], len(pairs["noise"])
     ([('CADet', 'noise', 4.0)], 2)
     """
-    ask = experiments.Asker(sums, field.paired, field.divisions)
+    ask = questions.Asker(sums, field.paired, field.divisions)
     pairs = {anomaly: ask.pairs(anomaly, detector.n_views) for anomaly in ask.anomalies}
     if ("CADet", encoder) == CADET:
         cadet_pairs.update(pairs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadetlib import cadet, data, embed, experiments
+from cadetlib import cadet, data, embed, experiments, questions
 
 Row = dict[str, Any]
 
@@ -109,11 +109,11 @@ def other_sets(
     return images, missing
 
 
-def tested_images(asker: experiments.Asker, sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tested_images(asker: questions.Asker, sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The images behind `Asker.tested` on the first split, for those who look at them.
 
     >>> division = experiments.Split(torch.tensor([0]), torch.tensor([1]), test=torch.tensor([3, 2]))
-    >>> asker = experiments.Asker({}, {"in-distribution": False, "unseen": False}, [division])
+    >>> asker = questions.Asker({}, {"in-distribution": False, "unseen": False}, [division])
     >>> {name: images.tolist() for name, images in tested_images(asker, {name: torch.arange(4) for name in asker.paired}).items()}
     {'in-distribution': [3, 2], 'unseen': [0, 1, 2, 3]}
     """

@@ -258,7 +258,7 @@ def attacks_seen(rows: Sequence[Row], encoder: str) -> list[str]:
 
 
 def draws(rows: Sequence[Row]) -> pd.DataFrame:
-    """What the draw of each kind of image moves (`experiments.by_draw`): percentage points of AUROC, by set and encoder.
+    """What the draw of each kind of image moves (`questions.by_draw`): percentage points of AUROC, by set and encoder.
 
     >>> row = dict(anomaly="PGD", encoder="contrastive", reference=0.014, calibration=0.003, test=0.013)
     >>> draws([row | dict(n_reference=200, n_calibration=500, n_test=300)]).loc[("PGD", "contrastive")].tolist()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import attack_study, attacks, encoders, experiments
+from cadetlib import attack_study, attacks, encoders, experiments, questions
 from cadetlib.views import EvalViews
 
 OF_04 = dict(fgsm_eps=0.2, pgd_eps=0.2, pgd_step=0.02, pgd_n_steps=2)
@@ -45,14 +45,14 @@ def test_rows_agree_with_the_ablations(network):
     views, divisions = EvalViews(8), experiments.splits(30, 3, 6, 12)
     study = attack_study.Study(network, victim, images, labels, attacked, views, 4, divisions)
     sums = experiments.view_sums_of_sets(network, {"in-distribution": images, **attacked}, views, [4], say=lambda _: None)
-    ask = experiments.Asker(sums, {"in-distribution": False, "FGSM": True, attack_study.CONTROL: True}, divisions)
+    ask = questions.Asker(sums, {"in-distribution": False, "FGSM": True, attack_study.CONTROL: True}, divisions)
     rows = study.rows("size", 8)
     assert rows[0]["auroc"] == ask("FGSM", 4)["auroc"] and rows[0]["m_in"] == ask("FGSM", 4, experiments.m_in_only)["auroc"]
     assert {row["anomaly"] for row in rows} == set(attacked) and {(row["factor"], row["value"]) for row in rows} == {("size", 8)}
     other = study.but(views=EvalViews(8, crop_scale=0.3)).rows("area", 0.3)
     assert other[0]["m_in"] != rows[0]["m_in"]
     with pytest.raises(ValueError, match="found FGSM and random signs, expected two sets that were made from"):
-        attack_study.over_signs(experiments.Asker(sums, ask.paired | {"FGSM": False}, divisions), "FGSM", 4)
+        attack_study.over_signs(questions.Asker(sums, ask.paired | {"FGSM": False}, divisions), "FGSM", 4)
     with pytest.raises(ValueError, match="cw"):
         attack_study.attack_at(0.1, ["cw"], victim, images, labels, OF_04)
 

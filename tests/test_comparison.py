@@ -18,6 +18,7 @@ from cadetlib import (
     experiments,
     hu,
     metrics,
+    questions,
 )
 from cadetlib.detectors import DETECTORS
 from cadetlib.experiments import IN_DISTRIBUTION
@@ -125,7 +126,7 @@ def test_an_attack_is_drawn_with_its_original_and_no_other_anomaly_is(world):
     assert experiments.summary(pairs)["low"] < experiments.summary(pairs, field.images("FGSM"), 0)["low"]
     images = torch.rand(90, 3, 8, 8, generator=generator)
     sums = experiments.view_sums_of_sets(nn.Flatten(), {IN_DISTRIBUTION: images, "FGSM": images / 2}, EvalViews(8), [4])
-    ask = experiments.Asker(sums, {"FGSM": True}, field.divisions)
+    ask = questions.Asker(sums, {"FGSM": True}, field.divisions)
     expected = metrics.splits_interval(
         ask.pairs("FGSM", 4), n_boot=500, images=[(d.test, d.test) for d in field.divisions], fitted=25 / 90
     )

@@ -226,7 +226,7 @@ def test_saved_scores_become_the_detector_s_p_values(tmp_path):
 
 def test_pictures_are_those_of_the_tested_images():
     divisions = [explored.experiments.Split(torch.tensor([0]), torch.tensor([1]), torch.tensor([3, 2]))]
-    asker = explored.experiments.Asker({}, {"in-distribution": False, "PGD": True, "unseen": False}, divisions)
+    asker = explored.questions.Asker({}, {"in-distribution": False, "PGD": True, "unseen": False}, divisions)
     sets = {name: torch.arange(4) for name in asker.paired}
     found = explored.tested_images(asker, sets)
     assert {name: images.tolist() for name, images in found.items()} == {
