@@ -23,6 +23,7 @@ from cadetlib import cadet, embed, image_files
 from cadetlib.cadet import CADet
 
 _CHUNK = 256  # images held at a time, about
+_SILENT = 2.0  # seconds of looking for images before it is said how far one is
 
 
 class Listing(NamedTuple):
@@ -39,7 +40,7 @@ class Listing(NamedTuple):
 
 
 def listing(folder: str | Path) -> Listing:
-    """Count what is below a folder, without reading it; FileNotFoundError without an image.
+    """Count what is below a folder, without reading it; FileNotFoundError without an image. Says how far it is after a while.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +51,8 @@ def listing(folder: str | Path) -> Listing:
     (2, Counter({'.txt': 1}))
     """
     n_images, others, digest = 0, Counter[str](), hashlib.sha256()
-    for path in image_files.files_below(folder):
+    every = image_files.files_below(folder)
+    for path in tqdm(every, "looking for images", unit=" files", delay=_SILENT, leave=False, file=sys.stderr, dynamic_ncols=True):
         if image_files.is_image(path):
             n_images += 1
             digest.update(os.fsencode(path) + b"\0")

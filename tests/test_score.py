@@ -157,6 +157,18 @@ def test_an_interrupted_table_is_gone_on_with(home, tmp_path, monkeypatch, cut, 
     assert run("score", home, "--out", tmp_path / "foreign.csv") == 1 and (tmp_path / "foreign.csv").read_text() == "mine\n1\n"
 
 
+def test_looking_for_images_is_said_when_it_takes_long(tmp_path, monkeypatch, capfd):
+    for i in range(30):
+        (tmp_path / f"{i}.png").touch()
+    assert chunks.listing(tmp_path).n_images == 30
+    assert not capfd.readouterr().err
+    monkeypatch.setattr(chunks, "_SILENT", 0.2)
+    slow = image_files.files_below(tmp_path)
+    monkeypatch.setattr(image_files, "files_below", lambda folder: (time.sleep(0.02) or path for path in slow))
+    assert chunks.listing(tmp_path).n_images == 30
+    assert re.search(r"looking for images: \d+ files", capfd.readouterr().err)
+
+
 def test_no_more_than_two_chunks_are_held(home, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "_CHUNK", 4)
     decode, append, held, most = chunks.decode, score_table.Table.append, [0], []
