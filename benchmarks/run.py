@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from throughput import endless_batches, flops, peak
 
-from cadetlib import detectors, embed, encoders, explored, mmd, plots, pretrain, processes, record, widgets
+from cadetlib import detectors, embed, encoders, explored, mmd, plots, pretrain, processes, record, training_settings, widgets
 from cadetlib.cadet import CADet, view_similarities
 
 Row = dict[str, Any]
@@ -159,12 +159,12 @@ def per_second(n_images: int, took: float, dtype: str, n_flops: float) -> Row:
 
 def training_steps(batch_size: int, dtype: str = FASTEST) -> tuple[Callable[[], None], Callable[[], None]]:
     """A step of contrastive pretraining, and forward, backward and step on random tensors of the same shape."""
-    settings = pretrain.Settings(
+    settings = training_settings.Settings(
         arch="resnet18", width=WIDTH, stem="cifar", image_size=32, head_hidden=512, head_dim=128, batch_size=batch_size,
         optimizer="sgd", blur=0.0, jitter_strength=0.5, dtype=dtype, channels_last=True, tau=0.2,
     )  # fmt: skip
     model = pretrain.make_model(settings, 1).to(DEVICE).to(memory_format=torch.channels_last).train()
-    optimizer = pretrain.make_optimizer(model, settings)
+    optimizer = training_settings.make_optimizer(model, settings)
     made = endless_batches(settings, DEVICE)
     noise = torch.rand(2 * batch_size, 3, 32, 32).to(DEVICE, memory_format=torch.channels_last)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadetlib import ahead, attacks, costs, data, embed, encoders, mmd, pretrain, record
+from cadetlib import ahead, attacks, costs, data, embed, encoders, mmd, pretrain, record, training_data, training_settings
 from cadetlib.cadet import CADet
 
 Row = dict[str, Any]
@@ -33,15 +33,15 @@ N_VIEWS, PGD_STEPS = 50, 3
 class Scale(NamedTuple):
     """A network and how many images it is given at once: fewer on a CPU, whose rates do not depend on it much."""
 
-    settings: pretrain.Settings
+    settings: training_settings.Settings
     batch: int
     batch_on_cpu: int
 
 
 SCALES = {
-    "imagenet": Scale(pretrain.Settings(data="imagenet-train", channels_last=True), batch=256, batch_on_cpu=8),
+    "imagenet": Scale(training_settings.Settings(data="imagenet-train", channels_last=True), batch=256, batch_on_cpu=8),
     "cifar": Scale(
-        pretrain.Settings(arch="resnet18", stem="cifar", image_size=32, head_hidden=512, blur=0.0, channels_last=True),
+        training_settings.Settings(arch="resnet18", stem="cifar", image_size=32, head_hidden=512, blur=0.0, channels_last=True),
         batch=512,
         batch_on_cpu=64,
     ),
@@ -89,12 +89,12 @@ class Work(NamedTuple):
     flops: float
 
 
-def endless_batches(settings: pretrain.Settings, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def endless_batches(settings: training_settings.Settings, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """What `pretrain` learns from step by step, of random images held on the device."""
     n, side = settings.batch_size * 8, settings.image_size
     images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, device=device)
     random = data.ImageSet("random", images, torch.zeros(n, dtype=torch.int64))
-    return ahead.made_ahead(pretrain.batches(random, settings, device, 0, sys.maxsize), device)
+    return ahead.made_ahead(training_data.batches(random, settings, device, 0, sys.maxsize), device)
 
 
 def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
@@ -102,8 +102,8 @@ def work_of(scale: Scale, dtype: str, device: torch.device) -> dict[str, Work]:
     batch = scale.batch if device.type == "cuda" else scale.batch_on_cpu
     settings = replace(scale.settings, dtype=dtype, batch_size=batch)
     model = pretrain.make_model(settings, 1).to(device, memory_format=torch.channels_last).train()
-    optimizer = pretrain.make_optimizer(model, settings)
-    side, n_steps = settings.image_size, 2 * pretrain.steps_at_once(settings, device)
+    optimizer = training_settings.make_optimizer(model, settings)
+    side, n_steps = settings.image_size, 2 * training_data.steps_at_once(settings, device)
     images, keys = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device)
     made = endless_batches(settings, device)
 

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cadetlib import attack_sets, checks, data, encoders, hu, imagenet, pretrain, recipes, reproduce
+from cadetlib import attack_sets, checks, data, encoders, hu, imagenet, pretrain, recipes, reproduce, training_settings
 
 COUNTS = {"cifar10-train": 50_000, "cifar10-test": 10_000, "cifar10.1-v6": 2000, "cifar10.1-v4": 2021, "mnist-test": 10_000}
 KINDS = ("trained", "forward", "attacked")  # what a rate is about
@@ -140,7 +140,7 @@ def hu_steps(given: Mapping[str, Any], n_held_out: int) -> int:
 
 def _training(given: Mapping[str, Any], objective: str, n_train: int) -> Cost:
     """Two views of each image or one; two checkpoints of weights and momentum, and the encoder."""
-    settings, views = pretrain.settings_from(given, objective), {"contrastive": 2, "supervised": 1}[objective]
+    settings, views = training_settings.settings_from(given, objective), {"contrastive": 2, "supervised": 1}[objective]
     with torch.device("meta"):
         n_weights = encoders.n_parameters(pretrain.Model(settings, n_classes=1000))
     return Cost(f"01 {objective}", trained=views * settings.epochs * n_train, disk=_FLOAT * n_weights * (2 * 2 + 1))

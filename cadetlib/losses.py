@@ -41,6 +41,15 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def n_processes() -> int:
+    """How many processes learn together.
+
+    >>> n_processes()
+    1
+    """
+    return distributed.get_world_size() if is_distributed() else 1
+
+
 def gather(z: Tensor) -> Tensor:
     """(n, D) of this process -> (world size * n, D) of all, differentiable; every process must bring the same n.
 

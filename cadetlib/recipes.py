@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cadetlib import pretrain, record, run_files, trained
+from cadetlib import record, run_files, trained, training_settings
 
 
 def changed(given: Mapping[str, Any], recipe: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def obtain(given: Mapping[str, Any], recipes: Sequence[str], train: bool) -> tup
     ({}, ['width: 4'])
     """
     for_each = {recipe: changed(given, recipe) for recipe in recipes}
-    folders = {recipe: pretrain.run_folder(pretrain.settings_from(its)) for recipe, its in for_each.items()}
+    folders = {recipe: training_settings.run_folder(training_settings.settings_from(its)) for recipe, its in for_each.items()}
     if train:
         for folder in folders.values() if record.forced() else ():
             record.set_aside(folder)

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from cadetlib import data, encoders, processes, record
-from cadetlib.pretrain import TAKEN, Settings, different_settings, prepared, run_folder, settings_from
 from cadetlib.run_files import ENCODER, Log, say
+from cadetlib.training_data import prepared
+from cadetlib.training_settings import TAKEN, Settings, different_settings, run_folder, settings_from
 
 VISSL_SIMCLR = (
     "https://dl.fbaipublicfiles.com/vissl/model_zoo/simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import costs, data, encoders, pretrain, record, reproduce
+from cadetlib import costs, data, encoders, record, reproduce, training_settings
 
 ROOT = Path(__file__).parents[1]
 _SPEC = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
@@ -108,7 +108,7 @@ def test_work_makes_the_passes_that_it_is_timed_for(kind, monkeypatch):
     seen = []
     forward = encoders.ResNet.forward
     monkeypatch.setattr(encoders.ResNet, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    settings = pretrain.Settings(arch="resnet10", width=8, stem="cifar", image_size=8, head_hidden=8, head_dim=8)
+    settings = training_settings.Settings(arch="resnet10", width=8, stem="cifar", image_size=8, head_hidden=8, head_dim=8)
     run, passes, images, flops = throughput.work_of(throughput.Scale(settings, 60, 60), "float32", torch.device("cpu"))[kind]
     seen.clear()
     run()

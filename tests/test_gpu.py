@@ -9,12 +9,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from cadetlib import ahead, data, embed, encoders, mmd, pretrain, run_files
+from cadetlib import ahead, data, embed, encoders, mmd, pretrain, run_files, training_data, training_settings
 from cadetlib.cadet import CADet
 from cadetlib.views import EvalViews, TrainViews
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SETTINGS = pretrain.Settings(
+SETTINGS = training_settings.Settings(
     data="digits-train", arch="resnet10", width=16, stem="cifar", image_size=16, head_hidden=32, head_dim=16, batch_size=64,
     epochs=3, warmup_epochs=1, optimizer="sgd", learning_rate=0.1, tau=0.2, symmetric=True, reduction="mean", dtype="bfloat16",
     channels_last=True, log_every=5, knn_every=1, knn_data="digits-test",
@@ -48,9 +48,9 @@ def test_training_views_are_the_cpus(make: TrainViews) -> None:
 
 def test_batches_of_several_steps_at_once_are_the_cpus() -> None:
     settings = replace(SETTINGS, image_size=32)
-    assert pretrain.steps_at_once(settings, torch.device("cuda")) > 6
+    assert training_data.steps_at_once(settings, torch.device("cuda")) > 6
     of = data.ImageSet("smooth", images(400), torch.arange(400))
-    here, there = (list(pretrain.batches(of, settings, torch.device(kind), first=2, last=14)) for kind in ("cpu", "cuda"))
+    here, there = (list(training_data.batches(of, settings, torch.device(kind), first=2, last=14)) for kind in ("cpu", "cuda"))
     for (views, labels), (other, others) in zip(here, there, strict=True):
         assert (views - other.cpu()).abs().max() < 1e-4
         assert torch.equal(labels, others.cpu())
@@ -68,7 +68,7 @@ def test_views_made_ahead_are_those_made_in_turn() -> None:
     a = torch.randn(4096, 4096, device=device)
 
     def made(n: int) -> Tensor:
-        return pretrain.training_views(views, x, keys, n, settings)
+        return training_data.training_views(views, x, keys, n, settings)
 
     batches = ahead.made_ahead(((made(n), keys) for n in itertools.count()), device)
     sums = []

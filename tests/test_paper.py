@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from cadetlib import attacks, paper, pretrain, reproduce
+from cadetlib import attacks, paper, pretrain, reproduce, training_settings
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_profile_has_the_papers_settings(profile):
             asked.add(name)
     # The rest is said otherwise: the encoder's features by its width, the head's layers by the code, CW's step by its default.
     assert set(paper.SETTINGS) - asked == {"n_features", "head_layers", "cw_learning_rate"}
-    settings = pretrain.settings_from(given["01"])
+    settings = training_settings.settings_from(given["01"])
     model = pretrain.make_model(settings, 1)
     assert model.encoder.dim == paper.SETTINGS["n_features"].value
     assert sum(isinstance(layer, nn.Linear) for layer in model.head.modules()) == paper.SETTINGS["head_layers"].value

@@ -1,4 +1,4 @@
-"""The training program: its schedule and optimizer against formulas, and a run that survives whatever interrupts it.
+"""The training program: a run that learns, and that survives whatever interrupts it.
 
 Every run here is digits at 8 x 8 pixels through a residual network of width 4. A run that was interrupted must end with the
 weights and the log of one that was not, bit for bit.
@@ -20,11 +20,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cadetlib import data, encoders, keep, parameters, pretrain, run_files, stream, trained
-from cadetlib.pretrain import Settings
+from cadetlib import data, encoders, keep, parameters, pretrain, run_files, trained, training_settings
+from cadetlib.training_settings import Settings
 
 TINY = dict(
     data="digits-train", arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=16, head_dim=8, crop_scale=[0.4, 1.0],
@@ -74,7 +72,7 @@ def run(folder, *signals, variables=None, target=run_and_exit, changed=None):
 
 
 def run_folder(folder, **changed):
-    return pretrain.run_folder(pretrain.settings_from(TINY | dict(output=str(folder)) | changed))
+    return training_settings.run_folder(training_settings.settings_from(TINY | dict(output=str(folder)) | changed))
 
 
 def exit_codes(processes):
@@ -131,71 +129,11 @@ def uninterrupted(tmp_path_factory):
 # --- the schedule and the optimizer --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 1.2 / 20),  # the first step is the first of twenty equal ones
-        (9, 0.6),
-        (19, 1.2),  # the last of the warm-up
-        (20, 1.2),  # the cosine begins at its top
-        (60, 0.6),  # half of it
-        (80, 1.2 * (2 - math.sqrt(2)) / 4),  # three quarters: (1 + cos 135 degrees) / 2
-        (99, 1.2 * math.sin(math.pi / 160) ** 2),  # the last step is one short of zero
-    ],
-)
-def test_learning_rate_at_its_corners(step, expected):
-    paper = Settings(learning_rate=1.2, warmup_epochs=2, epochs=10)
-    assert pretrain.learning_rate(step, 10, paper) == pytest.approx(expected, rel=1e-12)
-
-
 def test_learning_rate_without_warmup_and_in_a_run(uninterrupted):
-    assert pretrain.learning_rate(0, 10, Settings(learning_rate=0.3, warmup_epochs=0, epochs=5)) == 0.3
+    assert training_settings.learning_rate(0, 10, Settings(learning_rate=0.3, warmup_epochs=0, epochs=5)) == 0.3
     logged = [line["learning_rate"] for line in log_of(uninterrupted) if "loss" in line]
     warmup = [0.5 * (i + 1) / 6 for i in range(6)]
     assert logged == pytest.approx(warmup + [0.25 * (1 + math.cos(math.pi * i / 30)) for i in range(30)], rel=1e-12)
-
-
-def lars_by_hand(weights, gradients, buffers, rate, momentum, decay, trust=0.001):
-    """You et al. 2017, with momentum as in torch's SGD; biases and batch norm (one dimension) take plain SGD steps."""
-    for name, w in weights.items():
-        g = gradients[name]
-        if not ("bias" in name or "bn" in name):
-            norm_w, norm_g = w.square().sum().sqrt(), g.square().sum().sqrt()
-            g = (g + decay * w) * trust * norm_w / (norm_g + decay * norm_w)
-        buffers[name] = momentum * buffers.get(name, 0) + g
-        weights[name] = w - rate * buffers[name]
-
-
-@pytest.mark.parametrize("decay", [0.01, 0.0])
-def test_lars_is_the_written_one(decay):
-    """Weights are adapted and decayed, with and without decay; biases and batch norm are neither."""
-    torch.manual_seed(0)
-    model = nn.ModuleDict(dict(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), linear=nn.Linear(5, 2))).double()
-    optimizer = pretrain.make_optimizer(model, Settings(optimizer="lars", momentum=0.8, weight_decay=decay, learning_rate=9.0))
-    expected, buffers = {name: p.detach().clone() for name, p in model.named_parameters()}, {}
-    for rate in (0.5, 2.0, 0.7):
-        gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-        for name, p in model.named_parameters():
-            p.grad = gradients[name].clone()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        lars_by_hand(expected, gradients, buffers, rate, 0.8, decay)
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-def test_weight_decay_spares_biases_and_batch_norm(optimizer):
-    model = pretrain.make_model(settings("x", optimizer=optimizer), 10)
-    made = pretrain.make_optimizer(model, settings("x", optimizer=optimizer, weight_decay=0.3))
-    names = {id(p): name for name, p in model.named_parameters()}
-    norms = {
-        f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for k in ("weight", "bias")
-    }
-    plain = norms | {name for name in names.values() if name.endswith("bias")}
-    found = {names[id(p)]: group["weight_decay"] for group in made.param_groups for p in group["params"]}
-    assert found == {name: 0.0 if name in plain else 0.3 for name in names.values()}
 
 
 # --- interruptions -------------------------------------------------------------------------------------------------------
@@ -341,7 +279,7 @@ def test_operational_settings_may_change(uninterrupted, tmp_path):
     sorted(folder.glob("checkpoint-*.pt"))[-1].unlink()
     other = dict(log_every=4, checkpoint_every=3, knn_every=1, knn_data="digits", knn_images=20, max_steps=34, snapshots=[])
     other |= dict(workers=3, allow_unreadable=2)
-    assert {"output", *other} == set(pretrain.OPERATION)
+    assert {"output", *other} == set(training_settings.OPERATION)
     assert pretrain.train(settings(folder, **other)) == 0
     assert last_checkpoint(folder)["step"] == 34
     assert steps_logged(folder) == [*range(1, 31), 32, 34]
@@ -349,7 +287,7 @@ def test_operational_settings_may_change(uninterrupted, tmp_path):
 
 def test_a_setting_that_an_older_run_did_not_know_had_its_default(uninterrupted, tmp_path):
     then = {k: v for k, v in settings(tmp_path).__dict__.items() if k not in ("flip", "batch_size")}
-    assert pretrain.different_settings(then, settings(tmp_path)) == ["batch_size 1024 (then) and 128 (now)"]
+    assert training_settings.different_settings(then, settings(tmp_path)) == ["batch_size 1024 (then) and 128 (now)"]
 
 
 MILD = TINY | dict(optimizer="adamw", learning_rate=0.001, epochs=2, snapshots=[1, 2])  # its weights fit float16
@@ -380,7 +318,7 @@ def test_profiles_for_a_gpu_take_two_steps_anywhere(profile, objective, tmp_path
         pytest.skip(f"no CIFAR-10 below the data root {data.root()}: set CADET_DATA, or download cifar10-test")
     given = parameters.read_yaml(Path(pretrain.__file__).parents[1] / "params" / profile / "01_pretraining.yaml")
     small = dict(output=str(tmp_path), data="cifar10-test", batch_size=8, max_steps=2, knn_every=0, log_every=1)
-    assert pretrain.train(replace(pretrain.settings_from(given, objective), **small)) == 0
+    assert pretrain.train(replace(training_settings.settings_from(given, objective), **small)) == 0
     assert steps_logged(tmp_path) == [1, 2]
 
 
@@ -412,7 +350,7 @@ def test_a_kept_encoder_is_taken_where_none_was_trained(mild, tmp_path, monkeypa
     file.write_bytes(content)
     with pytest.raises(ValueError, match="does not match its digest"):
         trained.obtain(given)
-    shutil.copytree(mild, pretrain.run_folder(pretrain.settings_from(given)))
+    shutil.copytree(mild, training_settings.run_folder(training_settings.settings_from(given)))
     assert trained.obtain(given) == "trained"  # the user's own comes first
 
 
@@ -518,29 +456,6 @@ def test_labels_are_asked_for(monkeypatch, tmp_path):
         pretrain.train(settings(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        dict(objective="x"),
-        dict(optimizer="x"),
-        dict(reduction="x"),
-        dict(dtype="x"),
-        dict(epochs=0),
-        dict(crop_scale=[0.5, 0.2]),
-        dict(knn_images=0),
-        dict(max_steps=-3),
-        dict(warmup_epochs=-1),
-        dict(flip=1.5),
-        dict(knn_every=-1),
-        dict(tau=0.0),
-        dict(width=0),
-    ],
-)
-def test_impossible_settings(wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: found"):
-        Settings(**wrong)
-
-
 # --- what is learned -----------------------------------------------------------------------------------------------------
 
 
@@ -556,49 +471,6 @@ def test_supervised_run_writes_a_classifier(tmp_path):
     with torch.no_grad():
         predicted = classifier(images.images / 255).argmax(dim=1)
     assert torch.tensor([5, 2, 7])[predicted].eq(images.labels).float().mean() > 0.9
-
-
-class Asked(TorchDispatchMode):
-    """Counts the operations that torch is asked for."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("objective", ["contrastive", "supervised"])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_views_made_for_several_steps_are_those_of_each_step(objective, streamed, tmp_path, monkeypatch):
-    """Across the ends of epochs, begun in the middle of one; each step asks for less."""
-    images = data.load("digits").resized(8)[:15]
-    chosen = Settings(objective=objective, image_size=8, batch_size=4, seed=5, workers=1)
-    if streamed:
-        for i, pixels in enumerate(images.images):
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
-        images = data.folder_set(tmp_path)
-    found, asked = {}, {}
-    for at_once in (1, 2, 5):
-        monkeypatch.setattr(pretrain, "steps_at_once", lambda *_, n=at_once: n)
-        with Asked() as operations:
-            found[at_once] = list(pretrain.batches(images, chosen, torch.device("cpu"), first=1, last=9))
-        asked[at_once] = operations.count
-    assert len(found[1]) == 8
-    assert len({float(views.sum()) for views, _ in found[1]}) == 8
-    for at_once in (2, 5):
-        for (views, labels), (expected, of) in zip(found[at_once], found[1], strict=True):
-            torch.testing.assert_close(views, expected, rtol=0, atol=1e-6)
-            assert torch.equal(labels, of)
-    assert asked[5] < asked[2] < asked[1]
-    if streamed:
-        return
-    for step, (expected, labels) in enumerate(found[1], 1):
-        epoch, index = next(stream.shares(15, 4, 5, step, step + 1))
-        numbers = stream.view_numbers(epoch, len(expected) // 4)
-        views = pretrain.train_views(chosen)(images.images[index].float() / 255, index, numbers)
-        torch.testing.assert_close(expected, views, rtol=0, atol=1e-6)
-        assert torch.equal(labels, images.labels[index])
 
 
 def test_contrastive_run_learns(tmp_path):
@@ -648,39 +520,10 @@ def test_a_dtype_left_to_the_machine_is_settled_when_the_run_begins(tmp_path, mo
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     with pytest.raises(ValueError, match=r"dtype 'float32' \(then\) and 'bfloat16' \(now\)"):
         pretrain.train(settings(tmp_path, max_steps=2, dtype="auto"))
-    assert pretrain.different_settings({"dtype": "bfloat16"}, pretrain.Settings(dtype="auto")) == []
+    assert training_settings.different_settings({"dtype": "bfloat16"}, training_settings.Settings(dtype="auto")) == []
 
 
 # --- parameters and the command line -------------------------------------------------------------------------------------
-
-
-def test_settings_from_a_profiles_parameters():
-    given = TINY | dict(profile="tiny", supervised_epochs=3, supervised_crop_scale=[0.7, 1], learning_rate=1)
-    contrastive, supervised = (pretrain.settings_from(given, name) for name in ("contrastive", "supervised"))
-    assert (contrastive.epochs, supervised.epochs) == (6, 3)
-    assert supervised.crop_scale == [0.7, 1.0] and type(supervised.learning_rate) is float
-    root = Path(pretrain.__file__).parents[1]
-    assert Path(contrastive.output) == root / "outputs" / "tiny" / "pretraining" / "contrastive"
-    assert (contrastive.objective, supervised.objective) == ("contrastive", "supervised")
-    elsewhere = pretrain.settings_from(given | dict(output="/tmp/elsewhere"), "supervised")
-    assert Path(elsewhere.output) == Path("/tmp/elsewhere/pretraining/supervised")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (dict(learning_rat=0.1), "learning_rat: unknown parameter, did you mean learning_rate"),
-        (dict(supervised_epoch=1), "supervised_epoch: unknown parameter, did you mean supervised_epochs"),
-        (dict(objective="supervised"), "objective: unknown parameter"),
-        (dict(weight_decay="1e-3"), "weight_decay: found the string '1e-3', expected"),
-        (dict(supervised_epochs=2.5), "supervised_epochs: found the number 2.5, expected"),
-        (dict(symmetric=1), "symmetric: found the whole number 1, expected"),
-        (dict(tau=0.1, optimizer="x"), "optimizer: found 'x', expected one of"),
-    ],
-)
-def test_settings_from_refuses(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        pretrain.settings_from(wrong)
 
 
 def test_stale_distributed_variables_count_for_nothing(uninterrupted, tmp_path):

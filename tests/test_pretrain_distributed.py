@@ -17,7 +17,7 @@ from test_pretrain import STALE, TINY, exit_codes, last_checkpoint, run_and_exit
 from torch import distributed
 
 from cadetlib import pretrain, run_files, trained
-from cadetlib.pretrain import Settings
+from cadetlib.training_settings import Settings
 
 # Plain gradient steps, as large as the gradient is (LARS and AdamW would hide a wrong factor), and small enough for float32:
 # on another number of processes sums over the batch are taken in another order, which changes their last bits (1e-7).

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from cadetlib import encoders, experiments, pretrain, run_files, trained
+from cadetlib import encoders, experiments, run_files, trained, training_settings
 
 GIVEN = dict(profile="tiny", data="digits-train", arch="resnet18", width=64, stem="imagenet", image_size=32, epochs=800)
 N_CLASSES = 10
@@ -125,6 +125,6 @@ def test_both_are_no_settings_of_a_training():
     given = GIVEN | dict(pretrained="a.pth", supervised_pretrained="torchvision:resnet50", supervised_epochs=90)
     plain = {k: v for k, v in given.items() if "pretrained" not in k}
     for objective in ("contrastive", "supervised"):
-        assert pretrain.settings_from(given, objective) == pretrain.settings_from(plain, objective)
+        assert training_settings.settings_from(given, objective) == training_settings.settings_from(plain, objective)
     with pytest.raises(ValueError, match="pretrained: found the whole number 3, expected a string"):
-        pretrain.settings_from(GIVEN | dict(pretrained=3))
+        training_settings.settings_from(GIVEN | dict(pretrained=3))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cadetlib import encoders, parameters, pretrain, recipes, record
+from cadetlib import encoders, parameters, recipes, record, training_settings
 
 GIVEN = parameters.read_yaml(record.checkout() / "params" / "digits" / "01_pretraining.yaml")
 
@@ -24,4 +24,6 @@ def test_a_recipe_is_trained_with_its_changes_or_left_out(tmp_path):
     files, left_out = recipes.obtain(given, [recipe], train=True)
     assert encoders.load_encoder(files[recipe]).config["width"] == 2 and not left_out
     assert recipes.obtain(given, [recipe], train=False)[0] == files
-    assert files[recipe].parent != pretrain.run_folder(pretrain.settings_from(given))  # and leaves the profile's own run alone
+    assert files[recipe].parent != training_settings.run_folder(
+        training_settings.settings_from(given)
+    )  # and leaves the profile's own run alone

@@ -18,8 +18,8 @@ from test_pretrain import TINY, last_checkpoint, log_of, tensors
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
-from cadetlib import data, image_files, imagenet, pretrain, stream, views
-from cadetlib.pretrain import Settings
+from cadetlib import data, image_files, imagenet, pretrain, stream, training_settings, views
+from cadetlib.training_settings import Settings
 from cadetlib.views import TrainViews
 
 RATIO = (3 / 4, 4 / 3)
@@ -206,8 +206,10 @@ def test_only_sets_of_files_can_be_streamed(tmp_path):
 
 
 def test_what_does_not_fit_in_memory_is_streamed_unasked():
-    assert pretrain.is_streamed(Settings(data="imagenet-train")) and pretrain.is_streamed(Settings(data="x", stream=True))
-    assert not pretrain.is_streamed(Settings(data="imagenet-val")) and not pretrain.is_streamed(Settings())
+    assert training_settings.is_streamed(Settings(data="imagenet-train")) and training_settings.is_streamed(
+        Settings(data="x", stream=True)
+    )
+    assert not training_settings.is_streamed(Settings(data="imagenet-val")) and not training_settings.is_streamed(Settings())
 
 
 # --- unreadable files ----------------------------------------------------------------------------------------------------
