@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cadetlib import attack_sets, checks, data, encoders, hu, imagenet, pretrain, recipes, reproduce, training_settings
+from cadetlib import attack_sets, checks, data, encoders, hu, imagenet, pretrain, profiles, recipes, training_settings
 
 COUNTS = {"cifar10-train": 50_000, "cifar10-test": 10_000, "cifar10.1-v6": 2000, "cifar10.1-v4": 2021, "mnist-test": 10_000}
 KINDS = ("trained", "forward", "attacked")  # what a rate is about
@@ -72,7 +72,7 @@ def of_profile(profile: str) -> list[Cost]:
     >>> largest.what, largest.trained
     ('01 contrastive', 2049867200)
     """
-    p1, p2, p3, p4, p5 = (dict(notebook.parameters) for notebook in reproduce.notebooks_of(profile)[1:6])
+    p1, p2, p3, p4, p5 = (dict(notebook.parameters) for notebook in profiles.notebooks_of(profile)[1:6])
     pixels, n_train = 3 * p4["image_size"] ** 2, n_images(p1["data"])
     held_out, taught = n_images(p4["in_distribution"], p4["n_held_out"]), n_images(p4["training"], p4["n_training"])
     unseen = sum(n_images(name, p4["n_unseen"]) for name in p4["unseen"])

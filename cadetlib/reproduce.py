@@ -14,8 +14,6 @@ with --slurm (see `slurm`), which waits for nothing, 0 says that all that was to
 from __future__ import annotations
 
 import argparse
-import ast
-import ctypes
 import hashlib
 import json
 import os
@@ -31,11 +29,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from cadetlib import parameters, processes, record
+from cadetlib import parameters, processes, profiles, record
+from cadetlib.profiles import Notebook
 
 PACKAGE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -47,191 +43,9 @@ FORCE = (
     "on); attacked images and embeddings in DIR/cache, kept under a digest of all that they depend on, are used again: to redo "
     "these as well, delete that folder"
 )
-_GRACE = 25  # seconds to save in; Slurm kills after 30
 NOISE = re.compile(
     r"(Executing|Ending) Cell \d+-+$|(In|Out)put Notebook: |Executing notebook with|\[IPKernelApp\] WARNING .* over TCP"
 )
-
-
-@dataclass(frozen=True)
-class Notebook:
-    """One notebook of a profile, as it will be run.
-
-    >>> [notebook.number for notebook in notebooks_of("digits")][:3]
-    ['00', '01', '02']
-    """
-
-    name: str
-    path: Path
-    parameter_file: Path
-    parameters: dict[str, Any]
-    needs: tuple[str, ...]  # the earlier notebooks whose results it reads
-    source: str  # digest of its cells, outputs left out
-
-    @property
-    def number(self) -> str:
-        """The digits before the first underscore."""
-        return self.name.split("_")[0]
-
-    @property
-    def processes(self) -> int:
-        """How many it starts at a time, one a GPU."""
-        return max(1, int(self.parameters.get("processes", 1)))
-
-
-# --- what is to be run --------------------------------------------------------------------------------------------------
-
-
-def notebooks_of(profile: str, root: Path | None = None) -> list[Notebook]:
-    """Every notebook of the checkout with the parameters of `profile`, in order.
-
-    One ValueError lists all that is wrong: an unknown profile, a notebook without its parameter file or the reverse, unknown
-    names, wrong types, a need of what is no earlier notebook.
-
-    >>> notebooks_of("digits")[1].name
-    '01_pretraining'
-    """
-    root = root or record.checkout()
-    profiles = sorted(p.name for p in (root / "params").glob("*") if p.is_dir())
-    if profile not in profiles:
-        raise ValueError(f"profile: found {profile!r}, expected one of {', '.join(profiles) or f'the folders of {root}/params'}")
-    paths = sorted(p for p in (root / "notebooks").glob("*.ipynb") if re.fullmatch(r"\d\d_\w+", p.stem))  # no Untitled, no -Copy1
-    if not paths:
-        raise ValueError(f"{root}/notebooks: found no notebooks, expected NN_name.ipynb")
-    names = [path.stem for path in paths]
-    files = {path.stem: path for path in sorted((root / "params" / profile).glob("*.yaml"))}
-    problems = [f"{files[name]}: found no notebooks/{name}.ipynb that it belongs to" for name in files if name not in names]
-    found = []
-    for i, path in enumerate(paths):
-        try:
-            found.append(_notebook(path, root / "params" / profile, names[:i]))
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return found
-
-
-def _notebook(path: Path, folder: Path, earlier: Sequence[str]) -> Notebook:
-    """One notebook with the parameters of the profile whose files are in `folder`."""
-    file = folder / f"{path.stem}.yaml"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: found no such file, expected the parameters of {path.name} (it may be empty)")
-    defaults = {name: parameter.value for name, parameter in parameters.declared(path).items()}
-    merged = parameters.validate(defaults, parameters.read_yaml(file), file)
-    if merged.get("profile") != folder.name:
-        raise ValueError(f"{file}: profile: found {merged.get('profile')!r}, expected {folder.name!r}, the name of its folder")
-    if merged.pop("output", None) != "":
-        raise ValueError(f"{path}, {file}: output: expected a parameter that is '' (another folder is named with --output)")
-    cells = parameters.read_notebook(path)
-    needs = tuple(dict.fromkeys(name for cell in cells if cell["cell_type"] == "code" for name in _needs(cell["source"], path)))
-    unknown = [name for name in needs if name not in earlier]
-    if unknown:
-        raise ValueError(f"{path}: found need({unknown[0]!r}), expected an earlier notebook: {', '.join(earlier) or 'none'}")
-    source = record.digest([[cell["cell_type"], cell["source"]] for cell in cells])
-    return Notebook(path.stem, path, file, merged, needs, source)
-
-
-def _needs(source: str, path: Path) -> list[str]:
-    """The names in the calls `run.need("...")` of one cell, read without running it."""
-    calls = [node for node in ast.walk(_tree(source, path)) if isinstance(node, ast.Call)]
-    calls = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "need"]
-    for call in calls:
-        if len(call.args) != 1 or not isinstance(call.args[0], ast.Constant):
-            raise ValueError(f'{path}: found `{ast.unparse(call)}`, expected the name itself, as in run.need("01_pretraining")')
-    return [str(call.args[0].value) for call in calls if isinstance(call.args[0], ast.Constant)]
-
-
-def _tree(source: str, path: Path) -> ast.Module:
-    try:
-        return ast.parse(source)
-    except SyntaxError:
-        from IPython.core.inputtransformer2 import TransformerManager  # a cell with %magics or !commands
-
-        try:
-            return ast.parse(TransformerManager().transform_cell(source))
-        except SyntaxError as error:
-            raise ValueError(f"{path}: found a cell that is no Python: {error}") from error
-
-
-def select(notebooks: Sequence[Notebook], only: str | None) -> list[Notebook]:
-    """The notebooks of `--only`, a comma-separated list of numbers or names; all of them for None.
-
-    >>> [notebook.name for notebook in select(notebooks_of("digits"), "0,08_report")]
-    ['00_setup', '08_report']
-    """
-    if only is None:
-        return list(notebooks)
-    wanted = [item.strip() for item in only.split(",")]
-    wanted = [item.zfill(2) if item.isdecimal() else item for item in wanted]
-    known = {n.number for n in notebooks} | {n.name for n in notebooks}
-    unknown = [item for item in wanted if item not in known]
-    if unknown:
-        raise ValueError(f"--only: found {only!r}, expected numbers or names out of {', '.join(n.name for n in notebooks)}")
-    return [n for n in notebooks if n.number in wanted or n.name in wanted]
-
-
-def gpu_slots(gpus: str | None) -> list[str | None]:
-    """One CUDA_VISIBLE_DEVICES a notebook that may run at a time; [None], one after the other, without `--gpus`.
-
-    >>> gpu_slots(None)
-    [None]
-    """
-    if gpus is None:
-        return [None]
-    if not re.fullmatch(r"\d+(,\d+)*", gpus) or len(set(gpus.split(","))) < len(gpus.split(",")):
-        raise ValueError(f"--gpus: found {gpus!r}, expected different whole numbers separated by commas, such as 0,1")
-    devices = visible_gpus()
-    if any(int(i) >= len(devices) for i in gpus.split(",")):
-        expected = f"numbers below {len(devices)}" if devices else "no --gpus"
-        raise ValueError(f"--gpus: found {gpus!r} where torch sees {len(devices)} GPUs, expected {expected}")
-    return [devices[int(i)] for i in gpus.split(",")]
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
-
-    >>> import torch
-    >>> len(visible_gpus()) == torch.cuda.device_count()
-    True
-    """
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-    return names[: torch.cuda.device_count()]
-
-
-def missing_data(notebooks: Sequence[Notebook]) -> list[str]:
-    """For each image set that a notebook lists in its parameter `data_required` and that is not there, what to do about it.
-
-    >>> missing_data(notebooks_of("digits"))
-    []
-    """
-    names = [name for notebook in notebooks for name in notebook.parameters.get("data_required", [])]
-    if not names:
-        return []
-    from cadetlib import data
-
-    return data.missing(list(dict.fromkeys(names)))
-
-
-def missing_weights(notebooks: Sequence[Notebook]) -> list[str]:
-    """For each encoder or attacked classifier of others that a notebook is to use and that is not there, what to do about it.
-
-    >>> missing_weights(notebooks_of("digits"))
-    []
-    """
-    taken = [n.parameters for n in notebooks if n.parameters.get("pretrained") or n.parameters.get("supervised_pretrained")]
-    others = [name for n in notebooks for name in n.parameters.get("other_backbones", [])]
-    victims = [name for n in notebooks for name in [n.parameters.get("victim_name", ""), *n.parameters.get("study_victims", [])]]
-    others += [name for name in victims if name.startswith("cifar:")]  # the others are of notebook 01
-    if not (taken or others):
-        return []
-    from cadetlib import backbones, trained
-
-    others += [name for given in taken for name in trained.public_weights(given)]
-    return [line for given in taken for line in trained.missing_weights(given)] + backbones.missing(others)
 
 
 # --- what is done -------------------------------------------------------------------------------------------------------
@@ -262,7 +76,7 @@ def data_listing() -> dict[str, int | None] | None:
 def key_of(notebook: Notebook, folder: Path, library: str, data: Mapping[str, int | None] | None) -> str:
     """What the notebook's results depend on, as one digest. Raises as `record.read` when what it needs is not on disk.
 
-    >>> setup = notebooks_of("digits")[0]  # which needs no other
+    >>> setup = profiles.notebooks_of("digits")[0]  # which needs no other
     >>> key_of(setup, Path(), "library 1", None) == key_of(setup, Path(), "library 2", None)
     False
     """
@@ -398,7 +212,7 @@ def _begin(notebook: Notebook, key: str, job: Job, slots: Sequence[str | None], 
     log.parent.mkdir(exist_ok=True)
     run_id = uuid.uuid4().hex
     process = subprocess.Popen(
-        _supervised(_papermill(notebook, executed, job)),
+        processes.supervised(_papermill(notebook, executed, job)),
         cwd=job.root,
         env=_environment(job, run_id, slots, n_slots),
         stdin=subprocess.DEVNULL,
@@ -500,51 +314,6 @@ def _uncoloured(line: str) -> str:
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------
-
-
-def _supervised(command: Sequence[str]) -> list[str]:
-    """The command of a process that runs another under `_supervise`, on behalf of this one."""
-    code = "import sys; from cadetlib.reproduce import _supervise; sys.exit(_supervise(int(sys.argv[1]), sys.argv[2:]))"
-    return [sys.executable, "-c", code, str(os.getpid()), *command]
-
-
-def _supervise(parent: int, command: Sequence[str]) -> int:
-    """Run a command to its exit code; end it, with all that it started, when the process `parent` ends, however it ends.
-
-    The kernel is papermill's child in a session of its own, and a notebook may start processes itself: the one who takes
-    over the orphans of all of them (Linux: subreaper) can end them all.
-    """
-    for number in processes.ASKING:  # Slurm's too, which reach every process of a job
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        if sys.platform == "linux":
-            set_child_subreaper = 36  # of prctl(2)
-            ctypes.CDLL(None).prctl(set_child_subreaper, 1)
-        processes.die_with_parent(parent)
-        code = subprocess.call(command)
-        return code if code >= 0 else 128 - code
-    finally:
-        for number in processes.ASKING:
-            signal.signal(number, signal.SIG_IGN)
-        _end_descendants()
-
-
-def _end_descendants(timeout: float = 10) -> None:
-    """End every descendant of this process: asked first, since pretraining then saves; whoever stays is killed.
-
-    Again until none is left: one may have started another meanwhile.
-    """
-    asked = psutil.Process().children(recursive=True)
-    for child in asked:
-        with suppress(psutil.Error):
-            child.terminate()
-    psutil.wait_procs(asked, timeout=_GRACE)
-    deadline = time.monotonic() + timeout
-    while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
-        for child in children:
-            with suppress(psutil.Error):
-                child.kill()
-        psutil.wait_procs(children, timeout=0.5)
 
 
 def _end(running: Sequence[_Child]) -> None:
@@ -685,12 +454,12 @@ def reproduce(chosen: argparse.Namespace, job_of: str = "") -> int:
     ValueError: --only: found 'zz', expected numbers or names out of 00_setup, ...
     """
     root = record.checkout()
-    notebooks = notebooks_of(chosen.profile, root)
-    selected = select(notebooks, chosen.only)
+    notebooks = profiles.notebooks_of(chosen.profile, root)
+    selected = profiles.select(notebooks, chosen.only)
     if chosen.slurm and chosen.gpus:
         raise ValueError(f"--gpus: found {chosen.gpus!r} beside --slurm, expected one of them (--slurm-gpus counts a job's)")
-    slots = gpu_slots(chosen.gpus)
-    missing = missing_data(selected) + missing_weights(selected)
+    slots = processes.gpu_slots(chosen.gpus)
+    missing = profiles.missing_data(selected) + profiles.missing_weights(selected)
     if missing:
         raise ValueError("\n".join(missing))
     output = _absolute(chosen.output)

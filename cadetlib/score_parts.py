@@ -105,11 +105,10 @@ def is_whole(out: Path, folder: str | Path, settings: Settings) -> bool:
 
 def _environments(options: argparse.Namespace) -> list[dict[str, str]]:
     """The environment of each process that is to be started: its GPU, and its share of the cores."""
-    from cadetlib import reproduce
 
     if options.gpus and options.device:
         raise ValueError("found both --gpus and --device, expected one of them: each process has one GPU of --gpus")
-    gpus = reproduce.gpu_slots(options.gpus) if options.gpus else [None] * options.parts
+    gpus = processes.gpu_slots(options.gpus) if options.gpus else [None] * options.parts
     kept = processes.without_distributed(os.environ)
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), kept.get("PYTHONPATH")]))
     kept["TQDM_DISABLE"] = "1"  # one bar for all, here

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cadetlib import checks, reproduce
+from cadetlib import checks, profiles, reproduce
 
 _TIMEOUTS = 100  # time limits that a job is requeued after: 800 epochs take many
 
@@ -82,7 +82,7 @@ class NotebookJob:
 
 def submit(
     profile: str,
-    selected: Sequence[reproduce.Notebook],
+    selected: Sequence[profiles.Notebook],
     job: reproduce.Job,
     request: Request,
     say: Callable[[str], None] = print,
@@ -109,18 +109,18 @@ def submit(
     return ids
 
 
-def _is_done(notebook: reproduce.Notebook, job: reproduce.Job) -> bool:
+def _is_done(notebook: profiles.Notebook, job: reproduce.Job) -> bool:
     return reproduce.is_done(job.folder, notebook.name, reproduce.key_of(notebook, job.folder, job.library, job.data))
 
 
-def _job_of(profile: str, notebook: reproduce.Notebook, job: reproduce.Job) -> NotebookJob:
+def _job_of(profile: str, notebook: profiles.Notebook, job: reproduce.Job) -> NotebookJob:
     given = {"CADET_ROOT": str(job.root)}
     if os.environ.get("CADET_DATA"):
         given["CADET_DATA"] = str(Path(os.environ["CADET_DATA"]).expanduser().absolute())
     return NotebookJob(profile, notebook.name, job.output, job.force, tuple(given.items()))
 
 
-def _executor(job: reproduce.Job, request: Request, notebook: reproduce.Notebook, after: Sequence[str]) -> Any:
+def _executor(job: reproduce.Job, request: Request, notebook: profiles.Notebook, after: Sequence[str]) -> Any:
     """submitit's executor with the parameters of one notebook."""
     try:
         import submitit

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cadetlib import reproduce
+from cadetlib import processes
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 NODES = ("n1", "n2")
@@ -87,7 +87,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(128))
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
     # The supervisor takes over the orphans of all it starts, jobs among them, and ends them when it or this process is ended.
-    command = reproduce._supervised(["bash", "-c", DAEMONS.format(**named)])
+    command = processes.supervised(["bash", "-c", DAEMONS.format(**named)])
     with open(folder / "daemons.log", "w") as log:
         daemons = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     try:

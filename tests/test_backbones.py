@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from cadetlib import backbones, encoders, experiments, metrics, reproduce
+from cadetlib import backbones, encoders, experiments, metrics, profiles
 from cadetlib.cadet import CADet
 from cadetlib.views import EvalViews
 
@@ -58,7 +58,7 @@ def test_weights_that_are_not_on_this_machine_are_said_before_a_notebook_asks_fo
         f"found no weights of {name}" for name in (vit, resnet)
     ]
     assert f"python -m cadetlib.backbones {resnet}" in lines[1] and "resnet20-12fca82f.th" in lines[2] and len(lines) == 3
-    said = [line for n in reproduce.notebooks_of("imagenet-pretrained") for line in reproduce.missing_weights([n])]
+    said = [line for n in profiles.notebooks_of("imagenet-pretrained") for line in profiles.missing_weights([n])]
     assert [name for name in (vit, resnet, "torchvision:resnet50") if any(f"weights of {name} " in line for line in said)] == [
         vit,
         resnet,

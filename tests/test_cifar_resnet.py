@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cadetlib import attacks, cifar_resnet, data, reproduce
+from cadetlib import attacks, cifar_resnet, data, profiles
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_a_flipped_byte_in_the_weights_is_refused(weights_there, tmp_path, monke
 @pytest.mark.parametrize(("number", "names"), [("03", ["resnet20"]), ("05", ["resnet20", "resnet56"]), ("02", [])])
 def test_a_profile_asks_for_its_victims_before_it_runs(tmp_path, monkeypatch, number, names):
     monkeypatch.setenv("CADET_DATA", str(tmp_path))
-    chosen = [notebook for notebook in reproduce.notebooks_of("cifar10-cpu") if notebook.number == number]
-    lines = reproduce.missing_weights(chosen)
+    chosen = [notebook for notebook in profiles.notebooks_of("cifar10-cpu") if notebook.number == number]
+    lines = profiles.missing_weights(chosen)
     assert len(lines) == len(names) and all(f"take pretrained_models/{n}" in line for n, line in zip(names, lines, strict=True))
 
 

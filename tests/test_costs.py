@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cadetlib import costs, data, encoders, record, reproduce, training_settings
+from cadetlib import costs, data, encoders, profiles, record, training_settings
 
 ROOT = Path(__file__).parents[1]
 _SPEC = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
@@ -52,7 +52,7 @@ def test_the_readmes_cost_sheet_is_what_the_parameters_ask_for():
 
 def test_imagenet_pretrained_is_imagenet_without_the_training():
     named = {"profile", "pretrained", "supervised_pretrained"}
-    for one, other in zip(*(reproduce.notebooks_of(profile) for profile in ("imagenet", "imagenet-pretrained")), strict=True):
+    for one, other in zip(*(profiles.notebooks_of(profile) for profile in ("imagenet", "imagenet-pretrained")), strict=True):
         different = {k for k in one.parameters if one.parameters[k] != other.parameters[k]}
         assert different <= (named if one.number == "01" else {"profile"}), one.name
 
@@ -74,7 +74,7 @@ def test_pretraining_costs_what_the_kept_run_trained():
 def test_other_recipes_are_counted_where_they_are_trained():
     """Three of the digits', of 20 epochs each; those of cifar10-cpu are taken only if they are there."""
     found = costs_of("digits")
-    epochs = reproduce.notebooks_of("digits")[1].parameters["epochs"]
+    epochs = profiles.notebooks_of("digits")[1].parameters["epochs"]
     assert found["01 other recipes"].trained == 3 * 20 * found["01 contrastive"].trained // epochs
     assert "01 other recipes" not in costs_of("cifar10-cpu")
 

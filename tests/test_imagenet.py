@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cadetlib import data, experiments, image_files, imagenet, reproduce
+from cadetlib import data, experiments, image_files, imagenet, profiles
 
 FILES = ["n02/b.JPEG", "n02/a.JPEG", "n01/x/d.png", "n01/c.jpg", "n10/e.webp"]
 
@@ -187,7 +187,7 @@ VAL = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]  # of ImageNet'
 
 
 def test_the_lists_of_the_profile_are_published_and_hold_wherever_the_set_is_unpacked(monkeypatch, tmp_path):
-    (notebook,) = (n for n in reproduce.notebooks_of("imagenet") if n.number == "04")
+    (notebook,) = (n for n in profiles.notebooks_of("imagenet") if n.number == "04")
     published = (notebook.parameter_file.parent / "lists.csv").read_text()
     assert published == imagenet.one_table(imagenet.drawn(VAL, notebook.parameters))
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_report import PROFILE, drawn, folder, root  # noqa: F401 - fixtures
 
-from cadetlib import attack_sets, claims, data, record, report, reproduce, run_files
+from cadetlib import attack_sets, claims, data, profiles, record, report, run_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "imagenet-dry-run"
@@ -45,14 +45,14 @@ SIZES = {
 
 
 def test_the_dry_run_has_the_parameters_of_the_profile_but_for_sizes_and_sets():
-    pairs = zip(reproduce.notebooks_of("imagenet"), reproduce.notebooks_of("imagenet-dry-run"), strict=True)
+    pairs = zip(profiles.notebooks_of("imagenet"), profiles.notebooks_of("imagenet-dry-run"), strict=True)
     for whole, dry in pairs:
         different = {k for k in whole.parameters if whole.parameters[k] != dry.parameters[k]} - {"profile", "dry_run"}
         assert different <= SETS.get(whole.number, set()) | SIZES.get(whole.number, set()), whole.name
         for name in different & SIZES.get(whole.number, set()):
             sizes = [largest(notebook.parameters[name]) for notebook in (dry, whole)]
             assert sizes[0] <= sizes[1], f"{whole.name}: {name} is larger in the dry run"
-    marks = {profile: reproduce.notebooks_of(profile)[0].parameters["dry_run"] for profile in ("imagenet", "imagenet-dry-run")}
+    marks = {profile: profiles.notebooks_of(profile)[0].parameters["dry_run"] for profile in ("imagenet", "imagenet-dry-run")}
     assert marks == {"imagenet": False, "imagenet-dry-run": True}
 
 
@@ -134,7 +134,7 @@ def test_every_table_has_its_rows(output):
     tests = {row["test"] for row in results("02")["rows"]}
     assert tests == {"MMD", "MMD-CC", "ME", "C2ST-S", "C2ST-L", "MMD-D"}
     assert {row["anomaly"] for row in results("03")["rows"]} == {"imagenet-sample-last6", "flowers64-daisies-first24", "PGD"}
-    given = {n.number: n.parameters for n in reproduce.notebooks_of("imagenet-dry-run")}
+    given = {n.number: n.parameters for n in profiles.notebooks_of("imagenet-dry-run")}
     systems = {"CADet", *given["04"]["detectors"], "ODIN", "ODIN tuned", "Hu", "HuSelfCalibrated", "Hu tuned"}
     rows = results("04")["rows"]
     assert {row["detector"] for row in rows} == systems

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cadetlib import parameters, reproduce
+from cadetlib import parameters, profiles
 from cadetlib.attack_sets import attack_settings
 from cadetlib.attacks import ATTACKS
 from cadetlib.data import SOURCES
@@ -23,7 +23,7 @@ def test_there_are_nine_notebooks():
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_parameter_file_fits_its_notebook(profile):
-    assert [n.name for n in reproduce.notebooks_of(profile)] == [path.stem for path in NOTEBOOKS]
+    assert [n.name for n in profiles.notebooks_of(profile)] == [path.stem for path in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,7 +56,7 @@ def test_every_network_of_a_notebook_is_put_on_the_gpu(path):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_named_sets_and_attacks_exist(profile):
-    for notebook in reproduce.notebooks_of(profile):
+    for notebook in profiles.notebooks_of(profile):
         given = notebook.parameters
         names = [given.get(k) for k in ("in_distribution", "reference", "data", "knn_data") if given.get(k)]
         names += given.get("unseen", []) + given.get("shifted", []) + given.get("data_sets", []) + given.get("data_required", [])
@@ -67,7 +67,7 @@ def test_named_sets_and_attacks_exist(profile):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_how_long_each_attack_iterates_is_a_parameter(profile):
     """Tables 3 and 4 make all attacks, and a try of them must be short: none may fall back on its function's own iterations."""
-    given = {n.number: n.parameters for n in reproduce.notebooks_of(profile)}["04"]
+    given = {n.number: n.parameters for n in profiles.notebooks_of(profile)}["04"]
     iterated = {name for name, attack in ATTACKS.items() if "n_steps" in inspect.signature(attack).parameters}
     assert iterated == {name for name in given["attacks"] if "n_steps" in attack_settings(name, given)}
 
@@ -75,7 +75,7 @@ def test_how_long_each_attack_iterates_is_a_parameter(profile):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_notebooks_of_a_profile_agree(profile):
     """03 attacks and 02 to 04 look at images in the size and with the attacks that 01 and 04 use."""
-    given = {n.name[:2]: n.parameters for n in reproduce.notebooks_of(profile)}
+    given = {n.name[:2]: n.parameters for n in profiles.notebooks_of(profile)}
     assert {given[k]["image_size"] for k in ("01", "02", "03", "04")} == {given["01"]["image_size"]}
     assert given["01"]["classes"] == given["03"]["classes"] == given["04"]["classes"] == given["05"]["classes"]
     assert given["03"]["victim_name"] == given["04"]["victim_name"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from cadetlib import attacks, paper, pretrain, reproduce, training_settings
+from cadetlib import attacks, paper, pretrain, profiles, training_settings
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ PARAMETERS = {  # the paper's setting -> the notebooks that have it, and its nam
 @pytest.mark.parametrize("profile", ["imagenet", "imagenet-pretrained"])
 def test_the_profile_has_the_papers_settings(profile):
     as_we_say = {"LARS": "lars", "fp32": "float32", (0.08, 1): [0.08, 1.0]}
-    given, asked = {n.number: n.parameters for n in reproduce.notebooks_of(profile)}, set()
+    given, asked = {n.number: n.parameters for n in profiles.notebooks_of(profile)}, set()
     for number, names in PARAMETERS.items():
         for name, _, ours in (entry.partition("=") for entry in names.split()):
             value = paper.SETTINGS[name].value

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cadetlib import data, parameters, record, reproduce
+from cadetlib import data, parameters, processes, profiles, record, reproduce
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROFILES = sorted(p.name for p in (CHECKOUT / "params").glob("*") if p.is_dir())
@@ -46,7 +46,7 @@ def edit(path, old, new):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_parameter_file_fits_its_notebook(profile):
-    for notebook in reproduce.notebooks_of(profile, CHECKOUT):
+    for notebook in profiles.notebooks_of(profile, CHECKOUT):
         uncommented = [name for name, p in parameters.declared(notebook.path).items() if not p.comment]
         assert not uncommented, f"{notebook.name}: parameters without a comment: {uncommented}"
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(checkout, write_no
     declared = 'data_required = ["digits"]  # image sets without which nothing can start\n'
     write_notebook("00_a", "run.save(x=1)")
     write_notebook("01_b", "run.need('00_a')", parameters=declared, yaml="data_required: [digits, svhn-test]\n")
-    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["4", "7"])
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["4", "7"])
     monkeypatch.setenv("CADET_DATA", str(checkout / "no data"))
     (message,) = data.missing(["svhn-test"])
     for arguments, expected in {
@@ -96,7 +96,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(checkout, write_no
     }.items():
         assert reproduce.main(["tiny", *arguments]) == 2
         assert expected in capsys.readouterr().err
-    assert reproduce.gpu_slots("1,0") == ["7", "4"]
+    assert processes.gpu_slots("1,0") == ["7", "4"]
     assert not (checkout / "outputs").exists()
     (checkout / "params/tiny/01_b.yaml").write_text("")
     assert reproduce.main(["tiny", "--only", "01"]) == 2
@@ -205,7 +205,7 @@ def test_a_key_holds_all_that_results_depend_on(checkout, write_notebook, monkey
     path = write_notebook("00_a", "run.save(x=1)", parameters="x = 1  # a number\n")
 
     def key(library="library"):
-        (notebook,) = reproduce.notebooks_of("tiny")
+        (notebook,) = profiles.notebooks_of("tiny")
         return reproduce.key_of(notebook, checkout, library, reproduce.data_listing())
 
     first = key()
@@ -251,7 +251,7 @@ def test_gpus_take_notebooks_side_by_side(checkout, write_notebook, capsys, monk
     draw = "from matplotlib import pyplot\nfigure, _ = pyplot.subplots(figsize=(1, 1))\nrun.figure(figure, 'square', 'a square')"
     write_notebook("00_a", meet)
     write_notebook("01_b", meet, draw)
-    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["4", "7"])
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["4", "7"])
     monkeypatch.setenv("RANK", "3")
     output = checkout / "elsewhere"
     assert reproduce.main(["tiny", "--gpus", "0,1", "--output", str(output)]) == 0
@@ -281,7 +281,7 @@ def test_a_notebook_of_several_processes_gets_a_gpu_for_each_or_all_there_are(ch
     save = "import os\nrun.save(gpus=os.environ['CUDA_VISIBLE_DEVICES'])"
     write_notebook("00_a", save, parameters="processes = 3  # of torchrun\n", yaml="processes: 3\n")
     write_notebook("01_b", "run.need('00_a')", save)
-    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["4", "7", "8", "9"])
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["4", "7", "8", "9"])
     for asked, expected in (("0,1,2,3", "4,7,8"), ("0,1", "4,7")):
         output = checkout / asked
         assert reproduce.main(["tiny", "--gpus", asked, "--output", str(output)]) == 0

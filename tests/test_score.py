@@ -19,7 +19,19 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from cadetlib import cadet, chunks, data, encoders, gallery, image_files, reproduce, score, score_parts, score_table, thresholds
+from cadetlib import (
+    cadet,
+    chunks,
+    data,
+    encoders,
+    gallery,
+    image_files,
+    processes,
+    score,
+    score_parts,
+    score_table,
+    thresholds,
+)
 from cadetlib.cadet import CADet
 
 FORMATS = {"a.png": {}, "b.jpg": {}, "deep/er/c.webp": {}, "deep/d.tiff": {}, "e.gif": {}, "f.bmp": {}, "g.ppm": {}, "h.jp2": {}}
@@ -516,7 +528,7 @@ def test_each_gpu_has_a_process_that_goes_on_with_its_part(home, tmp_path, monke
     run("score", home, "--out", out, "--part", "2/2")
     second = tmp_path / "p.csv.part-2-of-2"
     second.write_bytes(b"".join(second.read_bytes().splitlines(keepends=True)[:5]) + b"cut")
-    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["3", "7"])
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["3", "7"])
     monkeypatch.setattr(subprocess, "Popen", spy)
     assert run("score", home, "--out", out, "--gpus", "1,0", "--device", "cpu") == 1 and "one GPU" in capfd.readouterr().err
     assert run("score", home, "--out", out, "--gpus", "1,0") == score_table.SOME_FAILED

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cadetlib import record, reproduce
+from cadetlib import profiles, record, reproduce
 
 pytest.importorskip("submitit", reason="an optional extra: pip install -r requirements-slurm.txt")
 
@@ -54,7 +54,7 @@ def mark_as_done(checkout, name):
     """As if the notebook had been run: results of its present key, and their mark."""
     run = record.start(name, {"profile": "tiny", "output": ""})
     run.save(x=1)
-    (notebook,) = [n for n in reproduce.notebooks_of("tiny") if n.name == name]
+    (notebook,) = [n for n in profiles.notebooks_of("tiny") if n.name == name]
     folder = checkout / "outputs/tiny"
     key = reproduce.key_of(notebook, folder, "library", reproduce.data_listing())
     reproduce.mark_done(folder, name, key, record.read(run.path))
