@@ -1,4 +1,4 @@
-"""On a GPU: the next batch is made while the passes of the last one run.
+"""On a GPU: the next batch is made while the passes of the last one run, and the result of the one before is read.
 
 Making views asks the device for numbers and so waits for it. In the stream of the passes it would wait for these too, and leave
 the device idle until the next ones are asked for; in a stream of its own it waits for itself alone. On a CPU nothing of this is.
@@ -40,20 +40,49 @@ def made_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         del batch, tensor  # before the next is made
 
 
-def results(launch: Callable[..., Tensor], batches: Iterator[Batch], device: torch.device) -> Iterator[Tensor]:
-    """launch(*batch) for each batch, in order. `launch` may not wait for the device; whoever looks at its results will.
+class Sent:
+    """A tensor on its way from a device to the processor, which waits for it when it reads it and not before.
 
-    On a GPU the next batch is made between the two.
-
-    >>> list(results(torch.add, iter([(torch.tensor(1), torch.tensor(2))]), torch.device("cpu")))
-    [tensor(3)]
+    >>> Sent(torch.tensor([1.0, 2.0])).read()
+    tensor([1., 2.])
     """
-    made = made_ahead(batches, device)
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._arrived = value, None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU."""
+        if self._arrived is None:
+            return self._value.cpu()
+        self._arrived.synchronize()
+        return self._value.clone()  # no longer in pinned memory, of which there is little
+
+
+def results(
+    launch: Callable[..., tuple[Tensor, ...]], batches: Iterator[Batch], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """launch(*batch) for each batch that has a result, in order, on the CPU. `launch` may not wait for the device.
+
+    On a GPU a result is read when the passes of the next batch are asked for: it never waits to be asked.
+
+    >>> batches = [(torch.tensor(1), torch.tensor(2)), (torch.tensor(3), torch.tensor(4))]
+    >>> list(results(lambda a, b: (a + b, a * b), iter(batches), torch.device("cpu")))
+    [(tensor(3), tensor(2)), (tensor(7), tensor(12))]
+    """
+    made, before = made_ahead(batches, device), list[Sent]()
     batch = next(made, None)
     while batch is not None:
-        result, batch = launch(*batch), None
+        result, batch = [Sent(value) for value in launch(*batch)], None
         if device.type == "cuda":
+            result, before = before, result
             batch = next(made, None)
-        yield result
+        if result:
+            yield tuple(value.read() for value in result)
         if device.type != "cuda":  # not before the result is used: a CPU would only hold two batches
             batch = next(made, None)
+    if before:
+        yield tuple(value.read() for value in before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,14 +98,21 @@ def embed(encoder: nn.Module, images: Any, batch_size: int = 512, dtype: str = "
     x = checks.as_tensor(images, "images").detach()
     checks.at_least(len(x) if x.ndim else 0, "number of images", 1)
     batch_size = checks.at_least(batch_size, "batch_size", 1)
-    parts = []
     with inference(encoder, dtype) as device:
-        for start in range(0, len(x), batch_size):
-            batch = checks.images(_moved(x[start : start + batch_size], device))
-            if batch.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-                batch = batch.clone()  # an encoder may write into what it is given
-            parts.append(encoders.encode(encoder, batch).cpu())
+        found = ahead.results(lambda some: (encoders.features_of(encoder, some),), _batches(x, batch_size, device), device)
+        parts = [checks.finite(features, "encoder's features") for (features,) in found]
     return torch.cat(parts)
+
+
+def _batches(x: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor]]:
+    """The images as they are, at most `batch_size` at a time, on the device, and none of them the caller's own."""
+    for start in range(0, len(x), batch_size):
+        with torch.autocast(device.type, enabled=False):
+            batch = checks.images(_moved(x[start : start + batch_size], device))
+        if batch.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            batch = batch.clone()  # an encoder may write into what it is given
+        yield (batch,)
+        del batch  # before the next is moved
 
 
 def views_at_once(image_size: int, device: torch.device) -> int:
@@ -200,7 +208,7 @@ def sums_of_views(z: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     unit = checks.unit(z.double())
     segments = torch.tensor(grid).diff(prepend=torch.tensor([0])).tolist()
     sums = torch.stack([part.sum(dim=1) for part in unit.split(segments, dim=1)], dim=1).cumsum(dim=1)
-    n = torch.tensor(grid, dtype=torch.float64, device=z.device)
+    n = torch.stack([torch.full((), float(n), dtype=torch.float64, device=z.device) for n in grid])  # made there: nobody waits
     m_in = (sums.square().sum(dim=-1) - n) / (n * (n - 1))
     return m_in, sums / n[:, None]
 
@@ -275,21 +283,25 @@ def _cached(path: Path, encoder: nn.Module, mark: Tensor) -> dict[str, Tensor] |
 def _view_sums(
     encoder: nn.Module, x: Tensor, views: EvalViews, grid: tuple[int, ...], keys: Tensor | None, batch_size: int, dtype: str
 ) -> ViewSums:
-    m_in, means, parts = [], [], []
+    parts: list[Tensor] = []
 
-    def features(some: Tensor) -> Tensor:
-        return encoders.features_of(encoder, some.flatten(0, 1)).view(*some.shape[:2], -1)
+    def sums(some: Tensor) -> tuple[Tensor, ...]:
+        parts.append(encoders.features_of(encoder, some.flatten(0, 1)).view(*some.shape[:2], -1))
+        if sum(part.shape[1] for part in parts) < grid[-1]:
+            return ()  # an image's views can be more than a batch
+        z = torch.cat(parts, dim=1)
+        parts.clear()
+        largest = torch.linalg.vector_norm(z, math.inf, dim=-1)  # of a view: 0, or not finite, where its embedding is wrong
+        m_in, means = sums_of_views(z, grid)
+        return m_in, means.float(), largest
 
+    m_in, means = [], []
     with inference(encoder, dtype) as device:
-        for part in ahead.results(features, _batches_of_views(x, views, grid[-1], keys, batch_size, device), device):
-            parts.append(part)
-            if sum(part.shape[1] for part in parts) < grid[-1]:
-                continue  # an image's views can be more than a batch
-            z, parts = torch.cat(parts, dim=1), []
-            checks.embeddings(z.flatten(0, 1), "encoder's features")
-            batch_in, batch_means = sums_of_views(z, grid)
-            m_in.append(batch_in.cpu())
-            means.append(batch_means.float().cpu())
+        batches = _batches_of_views(x, views, grid[-1], keys, batch_size, device)
+        for batch_in, batch_means, largest in ahead.results(sums, batches, device):
+            checks.embeddings(largest.view(-1, 1), "encoder's features")
+            m_in.append(batch_in)
+            means.append(batch_means)
     if not m_in:
         raise ValueError("images: found none in this shard, expected at least one; use fewer shards")
     return ViewSums(grid, torch.cat(m_in), torch.cat(means))

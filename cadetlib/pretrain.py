@@ -90,7 +90,7 @@ class _Stop:
     """Set by one of processes.ASKING, looked at after every step by all processes together."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.before = False, ahead.Sent(torch.zeros(()))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -106,11 +106,13 @@ class _Stop:
         self.asked = True
 
     def agreed(self, device: torch.device) -> bool:
+        """Whether a process was asked; of several, whether one was a call ago: all answer alike, and none waits for this step."""
         if not losses.is_distributed():
             return self.asked
-        flag = torch.tensor(float(self.asked), device=device)
+        flag = torch.full((), float(self.asked), device=device)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-        return bool(flag)
+        before, self.before = self.before, ahead.Sent(flag)
+        return bool(before.read())
 
 
 class Model(nn.Module):

@@ -81,6 +81,15 @@ def test_views_made_ahead_are_those_made_in_turn() -> None:
     assert len({float(value) for value in sums}) == 30
 
 
+def test_a_number_sent_is_the_one_that_was_still_being_computed() -> None:
+    a, ones = torch.randn(8192, 8192, device="cuda"), torch.ones(3, device="cuda")
+    sent = []
+    for i in range(5):
+        a = a @ a / 100
+        sent.append(ahead.Sent(i + ones.sum() + 0 * a[0, 0].nan_to_num(0, 0, 0)))
+    assert [float(number.read()) for number in sent] == [3, 4, 5, 6, 7]
+
+
 def test_views_are_made_of_images_that_are_still_being_made() -> None:
     """Such as an attack's: what is queued before the call comes before the views, though they have a stream of their own."""
     views, device = EvalViews(32), torch.device("cuda", torch.cuda.current_device())
