@@ -2,7 +2,7 @@
 
 Notebooks call these, save what they return and draw it. Every AUROC comes over several splits of the held-out images into
 X_val(1), X_val(2) and test, with an interval; attacked images count in a split when the image they were made from is a test
-image of it, so that no image is calibrated on in one form and scored in another.
+image of it, so that no image is calibrated on in one form and scored in another. `questions` has what is asked through these.
 """
 
 from __future__ import annotations

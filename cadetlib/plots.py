@@ -1,4 +1,6 @@
-"""Every figure, as a pure function of saved results: rows in, matplotlib figure out. Nothing is computed or read here.
+"""Every figure of a notebook, as a pure function of saved results: rows in, matplotlib figure out. Nothing is computed here.
+
+The threshold explorer's are in `explorer_plots`.
 
 One style: colours of Okabe and Ito (2008), which colour-blind readers tell apart; names written at the lines; the paper's
 number, where there is one, as a hollow marker or a dashed line.

@@ -80,7 +80,7 @@ def training_views(views: TrainViews, x: Tensor, keys: Tensor, epoch: int, setti
 def steps_at_once(settings: Settings, device: torch.device) -> int:
     """For how many steps the views are made together: for one; on a GPU for several, where they are small.
 
-    A call of TrainViews asks for some 300 operations, however many views it makes: one step's leave a GPU with little to do.
+    A call of TrainViews asks for some 300 operations, however few its views are: those of a step leave a GPU with little to do.
 
     >>> [steps_at_once(Settings(image_size=side, batch_size=512), torch.device("cuda")) for side in (32, 96, 224)]
     [8, 1, 1]
