@@ -166,11 +166,45 @@ def test_bad_samples_are_refused_by_name(x, y, message):
         mmd.mmd_test(x, y)
 
 
-def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="n_perm: found 0"):
-        mmd.mmd_test(sample(3), sample(3, seed=1), n_perm=0)
+X1, X2, Y = torch.arange(30).view(3, 2, 5)  # two draws of five from a pool of thirty
+DRAWN = {
+    "test_draws": lambda x1=X1, x2=X2, y=Y, **settings: mmd.test_draws(torch.eye(30), x1, x2, y, **settings),
+    "test_shifts": lambda x1=X1, x2=X2, y=Y, **settings: mmd.test_shifts(torch.eye(30), x1, x2, [y], **settings),
+}
+TESTS = DRAWN | {
+    "mmd_test": lambda **settings: mmd.mmd_test(sample(3), sample(3, seed=1), **settings),
+    "mmd_cc_test": lambda **settings: mmd.mmd_cc_test(sample(3), sample(3, seed=1), sample(3, seed=2), **settings),
+}
+
+
+@pytest.mark.parametrize("test", TESTS.values(), ids=TESTS)
+def test_bad_settings_are_refused(test):
+    test(n_perm=1)  # the fewest
+    for wrong in (0, -1, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"n_perm: found {wrong}"):
+            test(n_perm=wrong)
+    with pytest.raises(ValueError, match=r"seed: found 0\.5"):
+        test(seed=0.5)
+
+
+@pytest.mark.parametrize("name", ["mmd_test", "mmd_cc_test"])
+def test_a_bound_on_memory_is_a_number_of_bytes(name):
+    assert 0 < TESTS[name](n_perm=9, max_bytes=1).p_value <= 1  # a row at a time
+    with pytest.raises(ValueError, match="max_bytes: found 0"):
+        TESTS[name](max_bytes=0)
+
+
+def test_samples_of_unequal_sizes_are_refused():
     with pytest.raises(ValueError, match="x2"):
         mmd.mmd_cc_test(sample(3), sample(2), sample(3))
+
+
+@pytest.mark.parametrize("test", DRAWN.values(), ids=DRAWN)
+def test_indices_that_are_no_draws_are_refused(test):
+    for x1, x2, y in ((X1[:, :1], X2[:, :1], Y[:, :1]), (X1[0], X2[0], Y[0]), (X1, X2[:, :4], Y), (X1, X2, Y[:1])):
+        with pytest.raises(ValueError, match=r"expected equal \(B, n\), n >= 2"):
+            test(x1, x2, y)
+    test(X1[:, :2], X2[:, :2], Y[:, :2])  # the smallest samples that Eq. 4 is defined for
 
 
 @pytest.mark.parametrize(("n", "dim"), [(12, 40), (300, 8)])
@@ -193,8 +227,6 @@ def test_shifts_are_the_single_tests(n, dim):
                 both = torch.cat([pool[x1[b]], pool[other]]).double()
                 null = [mmd.mmd2_unbiased(both[order[:n]], both[order[n:]]) for order in split]
                 assert float(p) == pytest.approx((1 + sum(v >= statistic - 1e-7 for v in null)) / 61, abs=0.02)
-    with pytest.raises(ValueError, match="equal"):
-        mmd.test_shifts(z, x1, x2, [near[:, :-1]])
 
 
 # --- samples that are nearly alike, very small or very large ----------------------------------------------------------------

@@ -84,6 +84,14 @@ def test_crop_boxes_are_distributed_as_torchvisions(size, scale):
         assert stats.ks_2samp(statistic(*found.T), statistic(*expected.T)).pvalue > 0.001
 
 
+@pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (24, 25), (33, 7)])
+def test_an_image_that_no_crop_fits_is_cut_as_torchvision_cuts_it(height, width):
+    """Twice the image's area never fits: what is left is the centre, of the nearest aspect that is allowed."""
+    found = views.crop_boxes(torch.rand(22), (2.0, 2.0), RATIO, height, width)
+    expected = transforms.RandomResizedCrop.get_params(torch.empty(1, height, width), (2.0, 2.0), RATIO)
+    assert found.tolist() == list(expected)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**62), chunk=st.integers(1, 7), order=st.permutations(range(4)))
 def test_a_view_depends_on_image_and_number_alone(seed, chunk, order):
