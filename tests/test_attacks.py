@@ -74,6 +74,15 @@ def test_how_sure_a_victim_is_does_not_change_its_attack(factor):
     torch.testing.assert_close(found, (images + 0.05 * upward).float())
 
 
+def test_pixels_that_the_victim_does_not_see_stay_as_they_are():
+    weight = np.random.default_rng(0).normal(size=(3, 48))
+    weight[:, ::5] = 0
+    images, labels = pixels(4, low=0.2, high=0.8), torch.tensor([0, 1, 2, 0])
+    for attacked in (fgsm(linear(weight), images, labels), pgd(linear(weight), images, labels, random_start=False)):
+        moved = (attacked != images).flatten(1)
+        assert not moved[:, ::5].any() and moved[:, 1::5].all()
+
+
 def test_fgsm_and_pgd_equal_a_numpy_loop_for_softmax_regression():
     rng = np.random.default_rng(1)
     weight, bias = rng.normal(size=(5, 48)).astype(np.float32), rng.normal(size=5).astype(np.float32)

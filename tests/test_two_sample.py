@@ -133,6 +133,20 @@ def test_accuracy_test_has_the_hypergeometric_null():
     assert ((counts - expected)[often] ** 2 / expected[often]).sum() < stats.chi2.ppf(0.999, often.sum() - 1)
 
 
+def test_the_classifier_learns_which_sample_a_point_is_of():
+    """Two points of each to learn from, at every step: one that was called by the wrong name would keep the other unsure."""
+    seen = []
+    x = 1 + 0.01 * torch.randn(4, 3, generator=seeded(0))
+
+    def look(logits, n_perm, generator):
+        seen.append(logits)
+        return two_sample.logit_test(logits, n_perm, generator)
+
+    two_sample.c2st_test(x, -x, n_perm=1, n_epochs=100, learning_rate=1e-2, statistic=look)
+    of_x, of_y = seen[0].split(2)
+    assert of_x.min() > 3 and of_y.max() < -3
+
+
 def test_logit_test_against_every_split():
     """m = 3: all 20 splits in whole tenths; two have the observed value, and must count as ties whatever their rounding."""
     tenths = [3, 5, 9, -2, 7, 1]
