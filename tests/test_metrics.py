@@ -162,6 +162,21 @@ def test_splits_interval_covers_the_draw_of_fitting_images_too(fitting):
     assert fitting or width / n_runs < 0.06  # 0.11 when images and attacks are drawn apart
 
 
+@pytest.mark.parametrize("fitted", [None, 0.25])
+def test_the_draw_of_fitting_images_adds_what_the_docstring_says(fitted):
+    """Worked out again from the interval of test images alone: variances add, and Satterthwaite's t takes the normal's place."""
+    rng = np.random.default_rng(11)
+    pairs = [binormal(rng, 30, 30) for _ in range(4)]
+    values = np.array([metrics.auroc(*pair) for pair in pairs])
+    of_test, found = (metrics.splits_interval(pairs, n_boot=200, fitted=f) for f in (0.0, fitted))
+    added = sum((v - values.mean()) ** 2 for v in values) / 3 * (1 / 4 + (1 / 3 if fitted else 0))
+    variance = ((of_test.high - of_test.low) / 2 / 1.959964) ** 2 + added
+    half = stats.t(3 * (variance / added) ** 2).ppf(0.975) * variance**0.5
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=1e-6)
+    above, below = of_test.high - of_test.mean, of_test.mean - of_test.low
+    assert (found.high - found.mean) / (found.mean - found.low) == pytest.approx(above / below)  # as lopsided as it was
+
+
 def test_splits_interval_covers_where_independence_of_splits_would_not():
     rng = np.random.default_rng(2)
     truth, n_runs, n_splits = stats.norm.cdf(1 / math.sqrt(2)), 200, 5

@@ -284,9 +284,28 @@ def test_images_are_accepted_whole_numbers_or_not(name):
         assert found.p_value <= 0.05
 
 
+@LEARNED
+def test_a_step_goes_along_its_own_gradient(name, monkeypatch):
+    x, y = draw(name, 16, 3, 0, shift=0.5)
+    found = TESTS[name](x, y, seed=3, **CHEAP[name])
+    step, n_steps = torch.optim.Adam.step, []
+
+    def spoil_afterwards(optimiser):
+        step(optimiser)
+        n_steps.append(1)
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoil_afterwards)
+    assert TESTS[name](x, y, seed=3, **CHEAP[name]).statistic == found.statistic
+    assert n_steps
+
+
 @EVERY_TEST
 def test_a_seed_says_it_all(name):
     x, y = draw(name, 16, 3, 0, shift=0.5)
+    torch.manual_seed(98)
     found = TESTS[name](x, y, seed=3, **CHEAP[name])
     torch.manual_seed(99)
     before = torch.get_rng_state()
