@@ -1,13 +1,14 @@
 """What a run is told: refused when it cannot be; schedule and optimizer against formulas and a step written by hand."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cadetlib import pretrain, training_settings
+from cadetlib import pretrain, profiles, training_settings
 from cadetlib.training_settings import Settings
 
 TINY = dict(arch="resnet10", width=4, stem="cifar", image_size=8, head_hidden=16, head_dim=8, epochs=6)
@@ -125,3 +126,21 @@ def test_settings_from_a_profiles_parameters():
 def test_settings_from_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         training_settings.settings_from(wrong)
+
+
+def test_the_defaults_are_the_papers():
+    """Those that decide what is learned; that the profile has the paper's is for test_paper to say."""
+    [given] = [notebook.parameters for notebook in profiles.notebooks_of("imagenet") if notebook.number == "01"]
+    of_paper = training_settings.settings_from(given)
+    differ = {name for name, value in asdict(Settings()).items() if value != asdict(of_paper)[name]}
+    assert differ <= {*training_settings.OPERATION, "data", "channels_last", "stream"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_left_to_the_machine_is_never_another_one(dtype):
+    then = asdict(Settings(dtype=dtype, log_every=3))
+    assert not training_settings.different_settings(then, Settings(dtype="auto"))
+    [said] = training_settings.different_settings(then | {"tau": 0.5}, Settings(dtype="auto"))
+    assert said == "tau 0.5 (then) and 0.1 (now)"
+    [said] = training_settings.different_settings(then, Settings(dtype="float16"))
+    assert said == f"dtype {dtype!r} (then) and 'float16' (now)"
