@@ -59,7 +59,7 @@ class Settings:
     batch_size: int = 1024  # over all processes
     epochs: int = 800
     warmup_epochs: int = 40
-    optimizer: str = "lars"  # "lars", "sgd" or "adamw"
+    optimizer: str = "lars"  # "lars", "sgd" (Nesterov's momentum) or "adamw"
     learning_rate: float = 1.2
     momentum: float = 0.9
     weight_decay: float = 0.0001

@@ -402,6 +402,19 @@ def test_false_positive_rate_of_the_conformal_threshold(n, alpha):
     assert [np.mean(rates <= found.low), np.mean(rates <= found.high)] == pytest.approx([0.05, 0.95], abs=0.02)
 
 
+@pytest.mark.parametrize(("n", "n_calibration", "alpha"), [(40, 30, 0.1), (400, 60, 0.3)])
+def test_what_share_of_fresh_images_is_flagged(n, n_calibration, alpha):
+    """Rank by rank: the calibration and the fresh scores are in any order alike."""
+    rng = np.random.default_rng(5)
+    k = math.floor(alpha * (n_calibration + 1) + 1e-9)
+    fresh = np.argsort(rng.random((20_000, n_calibration + n)), axis=1) < n  # sorted scores: which of them are fresh
+    below_kth = np.where(np.cumsum(~fresh, axis=1) < k, fresh, False).sum(axis=1) / n
+    found = metrics.flagged_interval(n, n_calibration, alpha, level=0.9)
+    assert below_kth.mean() == pytest.approx(found.expected, abs=4 * below_kth.std() / math.sqrt(len(below_kth)))
+    for end, share in ((found.low, 0.05), (found.high, 0.95)):
+        assert np.mean(below_kth < end - 1e-9) <= share + 0.01 and np.mean(below_kth <= end + 1e-9) >= share - 0.01
+
+
 def test_too_small_a_calibration_set_never_flags():
     assert metrics.beta_false_positive_interval(19, 0.049) == (0, 0, 0)
     assert metrics.beta_false_positive_interval(19, 0.05).expected == 1 / 20

@@ -42,14 +42,22 @@ def lars_by_hand(weights, gradients, buffers, rate, momentum, decay, trust=0.001
         weights[name] = w - rate * buffers[name]
 
 
+def sgd_by_hand(weights, gradients, buffers, rate, momentum, decay):
+    """Nesterov's momentum as in Sutskever et al. 2013: the step goes along the gradient and the momentum that it leads to."""
+    for name, w in weights.items():
+        g = gradients[name] + (0 if "bias" in name or "bn" in name else decay * w)
+        buffers[name] = momentum * buffers.get(name, 0) + g
+        weights[name] = w - rate * (g + momentum * buffers[name])
+
+
 @pytest.mark.parametrize("decay", [0.01, 0.0])
-def test_lars_is_the_written_one(decay):
-    """Weights are adapted and decayed, with and without decay; biases and batch norm are neither."""
+@pytest.mark.parametrize(("name", "by_hand"), [("lars", lars_by_hand), ("sgd", sgd_by_hand)])
+def test_an_optimizer_is_the_written_one(name, by_hand, decay):
+    """Weights are decayed and, by LARS, adapted, with and without decay; biases and batch norm are neither."""
     torch.manual_seed(0)
     model = nn.ModuleDict(dict(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), linear=nn.Linear(5, 2))).double()
-    optimizer = training_settings.make_optimizer(
-        model, Settings(optimizer="lars", momentum=0.8, weight_decay=decay, learning_rate=9.0)
-    )
+    settings = Settings(optimizer=name, momentum=0.8, weight_decay=decay, learning_rate=9.0)
+    optimizer = training_settings.make_optimizer(model, settings)
     expected, buffers = {name: p.detach().clone() for name, p in model.named_parameters()}, {}
     for rate in (0.5, 2.0, 0.7):
         gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
@@ -58,7 +66,7 @@ def test_lars_is_the_written_one(decay):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        lars_by_hand(expected, gradients, buffers, rate, 0.8, decay)
+        by_hand(expected, gradients, buffers, rate, 0.8, decay)
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
