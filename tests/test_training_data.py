@@ -1,5 +1,7 @@
 """What each step learns from: the same views whether they are made step by step or several steps at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +24,7 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize("objective", ["contrastive", "supervised"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_views_made_for_several_steps_are_those_of_each_step(objective, streamed, tmp_path, monkeypatch):
-    """Across the ends of epochs, begun in the middle of one; each step asks for less."""
+    """Across the ends of epochs, begun and ended in the middle of one; each step asks for less."""
     images = data.load("digits").resized(8)[:15]
     chosen = Settings(objective=objective, image_size=8, batch_size=4, seed=5, workers=1)
     if streamed:
@@ -33,10 +35,10 @@ def test_views_made_for_several_steps_are_those_of_each_step(objective, streamed
     for at_once in (1, 2, 5):
         monkeypatch.setattr(training_data, "steps_at_once", lambda *_, n=at_once: n)
         with Asked() as operations:
-            found[at_once] = list(training_data.batches(images, chosen, torch.device("cpu"), first=1, last=9))
+            found[at_once] = list(training_data.batches(images, chosen, torch.device("cpu"), first=1, last=8))
         asked[at_once] = operations.count
-    assert len(found[1]) == 8
-    assert len({float(views.sum()) for views, _ in found[1]}) == 8
+    assert len(found[1]) == 7
+    assert len({float(views.sum()) for views, _ in found[1]}) == 7
     for at_once in (2, 5):
         for (views, labels), (expected, of) in zip(found[at_once], found[1], strict=True):
             torch.testing.assert_close(views, expected, rtol=0, atol=1e-6)
@@ -50,3 +52,15 @@ def test_views_made_for_several_steps_are_those_of_each_step(objective, streamed
         views = training_settings.train_views(chosen)(images.images[index].float() / 255, index, numbers)
         torch.testing.assert_close(expected, views, rtol=0, atol=1e-6)
         assert torch.equal(labels, images.labels[index])
+
+
+def test_what_a_run_cannot_learn_from_is_refused(monkeypatch):
+    unlabelled = replace(data.load("digits"), name="unlabelled", labels=None)
+    monkeypatch.setattr(data, "load", lambda *_, **__: unlabelled)
+    supervised = Settings(objective="supervised", image_size=8, batch_size=1797)
+    with pytest.raises(ValueError, match="data: found no labels in unlabelled, expected some for the supervised objective"):
+        training_data.training_images(supervised)
+    contrastive = replace(supervised, objective="contrastive")
+    assert len(training_data.training_images(contrastive)) == 1797  # one batch an epoch
+    with pytest.raises(ValueError, match="batch_size: found 1798 with 1797 images, expected at most one batch an epoch"):
+        training_data.training_images(replace(contrastive, batch_size=1798))
