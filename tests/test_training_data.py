@@ -26,7 +26,7 @@ class Asked(TorchDispatchMode):
 def test_views_made_for_several_steps_are_those_of_each_step(objective, streamed, tmp_path, monkeypatch):
     """Across the ends of epochs, begun and ended in the middle of one; each step asks for less."""
     images = data.load("digits").resized(8)[:15]
-    chosen = Settings(objective=objective, image_size=8, batch_size=4, seed=5, workers=1)
+    chosen = Settings(objective=objective, image_size=8, batch_size=4, seed=5, workers=1, channels_last=True)
     if streamed:
         for i, pixels in enumerate(images.images):
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
@@ -43,6 +43,7 @@ def test_views_made_for_several_steps_are_those_of_each_step(objective, streamed
         for (views, labels), (expected, of) in zip(found[at_once], found[1], strict=True):
             torch.testing.assert_close(views, expected, rtol=0, atol=1e-6)
             assert torch.equal(labels, of)
+            assert views.is_contiguous(memory_format=torch.channels_last)
     assert asked[5] < asked[2] < asked[1]
     if streamed:
         return
