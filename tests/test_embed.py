@@ -80,7 +80,7 @@ def test_sums_depend_on_no_batch_order_or_shard(batch_size, of, order, with_keys
     expected = embed.view_sums(encoder, x, VIEWS, GRID, keys)
     encoder.batches.clear()
     shards = [embed.view_sums(encoder, x, VIEWS, GRID, keys, (i, of), batch_size) for i in range(of)]
-    assert max(encoder.batches) <= batch_size
+    assert max(encoder.batches) <= batch_size and sum(encoder.batches) == 7 * 6
     assert_same(embed.concatenate(shards), expected)
     shuffled = embed.view_sums(encoder, x[order], VIEWS, GRID, None if keys is None else keys[order], batch_size=batch_size)
     assert_same(shuffled, expected[order])
