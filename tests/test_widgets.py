@@ -82,6 +82,20 @@ def benjamini_hochberg_by_hand(p, q):
     return {order[k] for k in range(max(passing, default=0))}
 
 
+@pytest.mark.parametrize(
+    ("n_normal", "n_odd", "share", "sizes"), [(90, 50, 0.1, [90, 10]), (90, 4, 0.1, [36, 4]), (9, 9, 0.5, [9, 9])]
+)
+def test_a_batch_is_as_large_as_the_images_of_either_kind_allow(n_normal, n_odd, share, sizes):
+    normal, odd = np.linspace(0, 1, n_normal), np.linspace(0, 0.1, n_odd)
+    parts = thresholds.batch_parts(normal, odd, share)
+    assert [len(part) for part in parts] == sizes
+    for part, whole in zip(parts, (normal, odd), strict=True):
+        assert part[0] == whole[0] and part[-1] == whole[-1] and set(part) <= set(whole)  # from the smallest to the largest
+    for wrong in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="share: found"):
+            thresholds.batch_parts(normal, odd, wrong)
+
+
 def test_a_batch_is_decided_by_both_rules():
     curves = detector(n=200)["curves"]
     normal, odd = thresholds.batch_parts(curves[0]["p_values"], curves[3]["p_values"], 0.2)
