@@ -76,6 +76,15 @@ def test_examples_are_the_images_nearest_the_threshold():
         assert [(e.set, e.image, e.p_value) for e in found[kind]] == [item[1:] for item in nearest] and nearest
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 9), max_size=8), st.integers(0, 10), st.integers(1, 12))
+def test_there_may_be_fewer_examples_than_are_asked_for(p_values, threshold, most):
+    p_values.sort()
+    flagged = [i for i, p in enumerate(p_values) if p <= threshold]
+    others = [i for i, p in enumerate(p_values) if p > threshold]
+    assert thresholds.nearest(p_values, threshold, most) == (flagged[::-1][:most], others[:most])
+
+
 def benjamini_hochberg_by_hand(p, q):
     order = sorted(range(len(p)), key=lambda i: p[i])
     passing = [k for k, i in enumerate(order, 1) if p[i] <= q * k / len(p) + 1e-12]
@@ -109,6 +118,20 @@ def test_a_batch_is_decided_by_both_rules():
         assert row["cut"] == max(p[i] for i in flagged)
     assert plain["flagged"] != bh["flagged"]
     assert thresholds.batch_decision([0.5], [0.6], 0.05, 0.1)[0]["cut"] is None
+
+
+@pytest.mark.parametrize(("normal", "odd", "rate"), [([0.01, 0.9], [0.8], 1.0), ([0.8, 0.9], [0.01], 0.0), ([0.8], [0.9], 0.0)])
+def test_a_batch_of_one_flagged_image_or_none(normal, odd, rate):
+    for decided in thresholds.batch_decision(normal, odd, threshold=0.05, q=0.1):
+        assert decided["flagged"] == sum(p <= 0.05 for p in normal + odd)
+        assert decided["false_discovery_rate"] == rate
+
+
+def test_a_threshold_at_which_nothing_could_be_flagged_guarantees_nothing():
+    with pytest.raises(ValueError, match=r"alpha: found 0\.01 with 19 calibration images"):
+        thresholds.guaranteed(0.01, "fingerprint", n_calibration=19)
+    every = thresholds.guaranteed(1, "fingerprint", n_calibration=19)
+    assert (every.threshold, every.expected, every.low, every.high) == (1, 1, 1, 1)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------------
