@@ -92,6 +92,20 @@ def test_every_system_has_its_row(rows):
     assert {row["anomaly"] for row in rows if "Hu" in row["detector"]} == {"FGSM"}, "Hu's walks are for attacks"
 
 
+def test_seconds_are_those_of_one_image(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+
+    def score(images):
+        clock[0] += 0.5 * len(images)
+        return len(images)
+
+    told = []
+    found = comparison.timed(score, {"a": torch.rand(8, 3, 2, 2), "b": torch.rand(3, 3, 2, 2)}, told.append)
+    assert found == ({"a": 8, "b": 3}, 0.5)
+    assert told == ["8 images of a", "3 images of b"]
+
+
 def test_a_row_is_the_mean_over_splits_of_its_own_images(world, rows):
     """MSP by hand: attacked images count where their originals are test images, unseen ones everywhere."""
     _, known, field = world

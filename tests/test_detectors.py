@@ -396,6 +396,13 @@ def test_wrong_features_labels_and_heads_are_refused(name):
             detector.fit_features(X, Y)
 
 
+def test_what_each_detector_needs():
+    """By their papers: distances to what was seen need no classifier, and only those to classes or of templates need labels."""
+    of_features_alone = {"Mahalanobis", "RMD", "kNN", "SSD", "CSI-like"}
+    assert {name for name in POST_HOC if not DETECTORS[name].needs_logits} == of_features_alone
+    assert {name for name in POST_HOC if DETECTORS[name].needs_labels} == {"Mahalanobis", "RMD", "SHE"}
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_a_table_says_of_a_detector_is_there(name):
     said = {attribute: getattr(DETECTORS[name](), attribute) for attribute in Detector.__annotations__}
