@@ -106,6 +106,20 @@ def test_seconds_are_those_of_one_image(monkeypatch):
     assert told == ["8 images of a", "3 images of b"]
 
 
+def test_a_small_field_has_the_attacks_on_its_own_images(world):
+    """Test images first, then those to calibrate on, all of the first split; an anomaly that was made from none starts at its own first."""
+    field = world[2]
+    small = field.first(7, ["FGSM", "unseen"])
+    [own], division = small.divisions, field.divisions[0]
+    clean = [*division.test[:7].tolist(), *division.calibration[:7].tolist()]
+    for name, images in ((IN_DISTRIBUTION, clean), ("FGSM", clean), ("unseen", range(7))):
+        assert torch.equal(small.sets[name], field.sets[name][list(images)]), name
+    assert (len(own.reference), own.calibration.tolist(), own.test.tolist()) == (0, [*range(7, 14)], [*range(7)])
+    assert {name: mask.tolist() for name, mask in small.successful.items()} == {
+        name: field.successful[name][clean].tolist() for name in field.successful
+    }
+
+
 def test_a_row_is_the_mean_over_splits_of_its_own_images(world, rows):
     """MSP by hand: attacked images count where their originals are test images, unseen ones everywhere."""
     _, known, field = world
