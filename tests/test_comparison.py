@@ -107,7 +107,7 @@ def test_seconds_are_those_of_one_image(monkeypatch):
 
 
 def test_a_small_field_has_the_attacks_on_its_own_images(world):
-    """Test images first, then those to calibrate on, all of the first split; an anomaly that was made from none starts at its own first."""
+    """Test images first, then those to calibrate on, of the first split; of an anomaly that was made from none, its own first."""
     field = world[2]
     small = field.first(7, ["FGSM", "unseen"])
     [own], division = small.divisions, field.divisions[0]

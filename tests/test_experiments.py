@@ -1,5 +1,8 @@
 """The experiments' bookkeeping: who is drawn, who is fitted on, who is scored; and their numbers on cases that can be known."""
 
+import dataclasses
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +98,42 @@ def test_what_the_draw_of_images_moves_is_what_fresh_images_move():
     assert [questions.by_draw(few, 4)[0][kind] for kind in ("reference", "calibration")] == [None, None]
     more = experiments.splits(1000, 10, 100, 500)
     assert questions.by_draw(questions.Asker(ask.sums, ask.paired, more), 4)[0]["reference"] < 0.4 * row["reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanOf:
+    """Asked for AUROCs, it has instead a split's mean of a number that each image of one kind has: what moves it is known."""
+
+    kind: str
+    values: torch.Tensor
+    divisions: list[experiments.Split]
+    anomalies = ("odd",)
+    paired = MappingProxyType({"odd": False})
+
+    def pairs(self, anomaly, n_views):
+        return [(self.values[getattr(division, self.kind)],) * 2 for division in self.divisions]
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("reference", 40), ("calibration", 100)])
+def test_what_the_draw_of_images_moves_is_known_for_a_mean(kind, wanted, monkeypatch):
+    """Drawn again are 35 images from a pool of 70: a mean of as many as the split has, all of them new, moves otherwise."""
+    monkeypatch.setattr(questions.metrics, "auroc", lambda a, b: float(a.mean()))
+    monkeypatch.setattr(questions.metrics, "bootstrap_interval", lambda *_, **__: (0.0, 3.92))
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    [row] = questions.by_draw(MeanOf(kind, values, experiments.splits(4000, 30, 40, 100)), 4, n_draws=50)
+    assert row[kind] == pytest.approx(float(values.std()) / wanted**0.5, rel=0.08)
+    assert row["test"] == 1
+    assert (row["n_reference"], row["n_calibration"], row["n_test"]) == (40, 100, 3860)
+
+
+def test_a_summary_is_of_all_its_splits():
+    first, second = ([3.0, 2.0, 1.0], [2.5, 0.5]), ([5.0, 4.0, 0.0], [1.0, 0.5, -1.0])
+    pairs = [(torch.tensor(a), torch.tensor(b)) for a, b in (first, second)]
+    found = experiments.summary(pairs)
+    for name, one in (("aupr", metrics.aupr), ("fpr95", metrics.fpr_at_tpr), ("auroc", metrics.auroc)):
+        each = [one(*pair) for pair in pairs]
+        assert each[0] != each[1] and found[name] == pytest.approx(np.mean(each))
+    assert found["splits"] == [metrics.auroc(*pair) for pair in pairs]
 
 
 def test_table_5_is_the_mean_over_splits_with_intervals_over_images():
