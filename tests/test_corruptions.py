@@ -1,10 +1,12 @@
-"""Corruptions against scikit-image's definitions written out, and their amounts' order."""
+"""Corruptions against the definitions written out, Pillow, and the published amounts."""
 
 import colorsys
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from cadetlib import corruptions, data
@@ -22,6 +24,25 @@ def test_severities_grow_and_stay_images(images, name):
     moved = [(corruptions.corrupt(images, name, s).float() - images.float()).abs().mean() for s in range(1, 6)]
     assert moved == sorted(moved) and moved[0] > 0
     assert corruptions.corrupt(images, name, 5).dtype == torch.uint8
+
+
+def test_severities_are_those_of_cifar_10_c():
+    """Hendrycks and Dietterich 2019, as in their program for CIFAR-10."""
+    assert {name: amounts for name, (_, amounts) in corruptions.SEVERITIES.items()} == {
+        "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+        "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
+        "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
+        "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+        "jpeg": (80, 65, 58, 50, 40),
+    }
+
+
+def test_a_jpeg_is_the_file_that_pillow_writes(images):
+    for severity, quality in enumerate((80, 65, 58, 50, 40), 1):
+        for ours, image in zip(corruptions.corrupt(images[:3], "jpeg", severity), images, strict=False):
+            file = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+            assert np.array_equal(ours.permute(1, 2, 0), np.asarray(Image.open(file)))
 
 
 @pytest.mark.parametrize("name", corruptions.SEVERITIES)

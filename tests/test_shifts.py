@@ -1,5 +1,7 @@
 """Section 4's tables: what is drawn, what is counted, on cases whose rates can be known."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,7 @@ def test_table_2_reaches_its_ceiling_and_no_more():
     found = {(r["test"], r["anomaly"], r["n"]): (r["aupr"], r["fpr95"]) for r in rows}
     assert found["MMD-CC", "far", 20][0] > 0.98 and found["MMD-CC", "far", 20][1] < 0.03
     assert 0.4 < found["MMD", "same", 20][0] < 0.6 and found["MMD", "same", 20][1] > 0.9
+    assert all(0.03 < r["level"] < 0.07 for r in rows if r["n"] == 20), "of the tests without anomalies, at 0.05"
     assert auroc["MMD-CC", "far", 3] > auroc["MMD", "far", 3], "MMD at n = 3 is held back by its ten splits, MMD-CC is not"
 
 
@@ -68,6 +71,25 @@ def test_no_image_is_drawn_in_two_forms():
     reference = torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
     rows = shifts.rejection_rates(reference, {"copy": reference.clone()}, [10], 100, 99, paired=["copy"])
     assert all(row["low"] <= 0.05 for row in rows), "copies are no shift"
+
+
+def test_anomalies_made_from_the_reference_are_of_images_in_no_other_sample():
+    """Copies of a few images: drawn as others are, they would meet their originals, and be more alike than fresh ones."""
+    reference = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    auroc = {}
+    for paired in ((), ("copy",)):
+        for row in shifts.small_sample_aurocs(reference, {"copy": reference.clone()}, [3], 1000, (100,), paired=paired):
+            auroc[row["test"], paired] = row["auroc"]
+    for test in ("MMD", "MMD-CC"):
+        assert auroc[test, ("copy",)] == pytest.approx(0.5, abs=0.05) and auroc[test, ()] < 0.42
+
+
+def test_seconds_are_those_of_one_test(monkeypatch):
+    ticks = itertools.count(1000.0)
+    monkeypatch.setattr(shifts.time, "perf_counter", lambda: next(ticks))
+    reference = torch.rand(80, 4)
+    rows = shifts.trained_rejection_rates({"ME": dict(n_steps=0)}, reference, {}, [26], 2, say=lambda _: None)
+    assert [row["seconds"] for row in rows] == [0.5]
 
 
 def test_tests_that_learn_have_their_cells():
@@ -98,3 +120,5 @@ def test_the_papers_shift_is_shown_before_any_other():
     rows = [row | dict(shift=shift, rate=rate) for shift, rate in (("noise-1", 0.5), ("cifar10.1-v6", 1.0), ("no shift", 0.5))]
     assert shifts.shift_to_show(rows) == "cifar10.1-v6"
     assert shifts.shift_to_show(rows[2:]) == "no shift"
+    ours = [row | dict(shift=shift, rate=rate) for shift, rate in (("noise-1", 0.9), ("blur-1", 0.6), ("no shift", 0.0))]
+    assert shifts.shift_to_show(ours) == "blur-1", "neither always seen nor never"
