@@ -37,6 +37,17 @@ def test_layers_are_the_encoders_own(network):
         attack_study.AtLayer(nn.Identity(), "layer1")
 
 
+def test_a_network_before_training_is_one_and_the_same(network):
+    torch.manual_seed(1)
+    fresh, state = attack_study.untrained(network), torch.get_rng_state()
+    torch.manual_seed(2)
+    again = attack_study.untrained(network)
+    assert encoders.fingerprint(fresh) == encoders.fingerprint(again) != encoders.fingerprint(attack_study.untrained(network, 1))
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "whoever asks has his own random numbers left"
+    assert not fresh.training
+
+
 def test_rows_agree_with_the_ablations(network):
     images, labels = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(30).long()
     victim = encoders.Classifier(network, nn.Linear(32, 2)).eval()

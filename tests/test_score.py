@@ -316,6 +316,16 @@ def test_what_can_be_read_again_has_the_line_of_a_run_without_errors(home, tmp_p
     assert run("score", home, *again, "--retry", "--parts", 2) == 1 and "expected it without them" in capfd.readouterr().err
 
 
+def test_a_table_cut_short_within_its_first_line_begins_anew(home, detector, tmp_path):
+    settings, out = score.settings_of(detector, home / "images", 0.1), tmp_path / "p.csv"
+    begun = score_table.Table(out, settings)
+    whole = out.read_bytes()
+    begun.file.close()
+    out.write_bytes(whole[:7])
+    score_table.Table(out, settings).append([["a.png", *[""] * 5, "gone"]])
+    assert out.read_bytes().startswith(whole) and set(table(out)) == {"a.png"}
+
+
 def test_a_table_that_is_written_anew_stays_locked(home, detector, tmp_path):
     written = score_table.Table(tmp_path / "p.csv", score.settings_of(detector, home / "images", 0.1))
     early = open(tmp_path / "p.csv", "ab")  # before it is replaced, as another process may
