@@ -140,7 +140,10 @@ def test_what_is_sent_is_read_when_it_has_arrived(monkeypatch):
             said.append("read")
             return there
 
-    pinned = lambda value, device, pin_memory: OnItsWay() if (device, pin_memory) == ("cpu", True) else None  # noqa: E731
+    def pinned(value, device, pin_memory):
+        assert (device, pin_memory) == ("cpu", True)
+        return OnItsWay()
+
     monkeypatch.setattr(ahead.torch, "empty_like", pinned)
     monkeypatch.setattr(ahead.torch.cuda, "Event", Event)
     monkeypatch.setattr(ahead.torch.cuda, "current_stream", lambda device: f"the stream of {device}")

@@ -201,7 +201,13 @@ def test_samples_of_unequal_sizes_are_refused():
 
 @pytest.mark.parametrize("test", DRAWN.values(), ids=DRAWN)
 def test_indices_that_are_no_draws_are_refused(test):
-    for x1, x2, y in ((X1[:, :1], X2[:, :1], Y[:, :1]), (X1[0], X2[0], Y[0]), (X1, X2[:, :4], Y), (X1, X2, Y[:1])):
+    for x1, x2, y in (
+        (X1[:, :1], X2[:, :1], Y[:, :1]),
+        (X1[0], X2[0], Y[0]),
+        (X1, X2[:, :4], Y),
+        (X1, X2, Y[:, :4]),
+        (X1, X2, Y[:1]),
+    ):
         with pytest.raises(ValueError, match=r"expected equal \(B, n\), n >= 2"):
             test(x1, x2, y)
     test(X1[:, :2], X2[:, :2], Y[:, :2])  # the smallest samples that Eq. 4 is defined for
